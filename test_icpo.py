@@ -1,0 +1,838 @@
+"""Tests of icpo.py and verify.py: offline, on tiny models made here. Run: python -m pytest -q
+
+Each formula is held against an oracle that shares no code with it: a plain Python loop, an enumeration, a number derived
+by hand, or transformers' own generate and forward.
+"""
+
+import copy
+import inspect
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM,
+                          GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+
+import icpo
+from icpo import (Config, Rollout, group_advantage, icpo_advantage, policy_loss, preference_advantage, sample,
+                  sequence_log_prob, token_log_probs)
+from verify import compute_score, extract_answer, is_equivalent, reward_func, verify
+
+VOCAB, EOS = 23, 7
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+
+
+def qwen2():
+    torch.manual_seed(0)
+    return scaled(Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, eos_token_id=EOS, bos_token_id=None)))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return scaled(GPT2LMHeadModel(GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
+        eos_token_id=EOS, bos_token_id=None)))
+
+
+def scaled(model):
+    """Larger weights, so that the next-token distributions differ from the uniform one and from each other."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model.eval()
+
+
+@pytest.fixture(params=[qwen2, gpt2], ids=["qwen2", "gpt2"])
+def model(request):
+    return request.param()
+
+
+def draw(model, group_size=4, max_new_tokens=9, seed=0, **kwargs):
+    return sample(model, PROMPTS, group_size, max_new_tokens, kwargs.pop("eos_ids", [EOS]),
+                  generator=torch.Generator().manual_seed(seed), **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ Preference advantage
+
+
+def loop_preference(group, beta):
+    """Steps 2 to 4 of the method from the Bradley-Terry probability, in plain Python."""
+    scores = []
+    for i, l_i in enumerate(group):
+        wins = [2 / (1 + math.exp(-beta * (l_j - l_i))) - 1 for j, l_j in enumerate(group) if j != i]
+        scores.append(sum(wins) / len(wins))
+    return scores
+
+
+@pytest.mark.parametrize("P, G, beta", [(1, 2, 1.0), (3, 4, 0.3), (5, 8, 10.0), (2, 16, 3.0)])
+def test_preference_equals_double_loop(P, G, beta):
+    l = -torch.rand(P, G, generator=torch.Generator().manual_seed(G)) * 2
+    expected = torch.tensor([loop_preference(group, beta) for group in l.tolist()])
+    torch.testing.assert_close(preference_advantage(l, beta), expected, atol=1e-6, rtol=0)
+
+
+def test_preference_by_hand():
+    # A gap of ln 3 at beta 1 is a preference of 3/4, so a score of 2 * 3/4 - 1 = 1/2; one of 2 ln 3 is 9/10, so 4/5.
+    ln3 = math.log(3)
+    torch.testing.assert_close(preference_advantage(torch.tensor([[0.0, -ln3]]), 1.0), torch.tensor([[-0.5, 0.5]]))
+    expected = torch.tensor([[(-0.5 - 0.8) / 2, 0.0, (0.5 + 0.8) / 2]])
+    torch.testing.assert_close(preference_advantage(torch.tensor([[0.0, -ln3, -2 * ln3]]), 1.0), expected)
+    torch.testing.assert_close(preference_advantage(torch.tensor([[0.0, -ln3 / 10]]), 10.0), torch.tensor([[-0.5, 0.5]]))
+
+
+def test_preference_properties():
+    l = -torch.rand(6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    s = preference_advantage(l, 10.0)
+    assert s.shape == (6, 8) and s.dtype == torch.float32 and not s.requires_grad
+    assert s.abs().max() < 1
+    torch.testing.assert_close(s.sum(dim=1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(preference_advantage(-l, 10.0), -s)  # antisymmetric
+    torch.testing.assert_close(preference_advantage(l - 3, 10.0), s, atol=1e-4, rtol=0)  # only differences count
+    assert torch.equal(s.argsort(dim=1), l.argsort(dim=1, descending=True))  # the less probable, the more preferred
+    order, groups = torch.randperm(8), torch.randperm(6)
+    torch.testing.assert_close(preference_advantage(l[:, order], 10.0), s[:, order])
+    torch.testing.assert_close(preference_advantage(l[groups], 10.0), s[groups])
+    assert torch.equal(preference_advantage(torch.full((2, 5), -0.7), 10.0), torch.zeros(2, 5))
+    tied = preference_advantage(torch.tensor([[-1.0, -1.0, -2.0]]), 10.0)[0]
+    assert tied[0] == tied[1] < tied[2]
+
+
+def test_preference_limits_of_beta():
+    l = torch.tensor([[-0.4, -0.1, -0.9, -0.2]])
+    ranks = torch.tensor([[1.0, -3.0, 3.0, -1.0]]) / 3  # (less probable ones below me - above me) / (G - 1)
+    torch.testing.assert_close(preference_advantage(l, 1e6), ranks)
+    slope = (l.mean() - l) * 4 / 3 / 2  # tanh(x / 2) is x / 2 for small x
+    torch.testing.assert_close(preference_advantage(l, 1e-3) / 1e-3, slope, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- Group and ICPO advantages
+
+
+def loop_advantage(group):
+    return [(r - statistics.mean(group)) / statistics.stdev(group) if len(set(group)) > 1 else 0.0 for r in group]
+
+
+def test_group_advantage_equals_loop():
+    rewards = torch.randint(0, 3, (20, 6), generator=torch.Generator().manual_seed(0)).float() / 2
+    expected = torch.tensor([loop_advantage(group) for group in rewards.tolist()])
+    torch.testing.assert_close(group_advantage(rewards), expected, atol=1e-5, rtol=0)
+
+
+def test_one_success_in_eight():
+    advantages = group_advantage(torch.eye(8)[:1])
+    torch.testing.assert_close(advantages[0, :2], torch.tensor([2.4749, -0.3536]), atol=1e-4, rtol=0)  # std with ddof 1
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 0.6, 0.7, 0.9, 1.0, -5.0])
+def test_equal_rewards_give_exactly_zero(reward):
+    for G in range(2, 17):
+        rewards = torch.full((3, G), reward)
+        l = -torch.rand(3, G)
+        assert torch.equal(group_advantage(rewards), torch.zeros(3, G))
+        for shaping in ("reward", "gated"):
+            assert torch.equal(icpo_advantage(rewards, l, 0.4, 10.0, shaping), torch.zeros(3, G))
+
+
+def test_near_ties_stay_small():
+    rewards = torch.full((1, 8), 0.7)
+    rewards[0, 3] = torch.nextafter(rewards[0, 3], torch.tensor(1.0))  # rounding is not a difference in reward
+    assert group_advantage(rewards).abs().max() < 1e-3
+    assert group_advantage(torch.tensor([[0.7, 0.7, 0.7, 0.701]])).abs().max() > 1  # a small difference is one
+
+
+@pytest.mark.parametrize("shaping", ["reward", "gated"])
+def test_icpo_advantage_equals_loop(shaping):
+    generator = torch.Generator().manual_seed(2)
+    rewards = torch.randint(0, 2, (30, 5), generator=generator).float()
+    l, alpha, beta = -torch.rand(30, 5, generator=generator), 0.3, 7.0
+    expected = []
+    for group, confidence in zip(rewards.tolist(), l.tolist()):
+        s, plain = loop_preference(confidence, beta), loop_advantage(group)
+        if shaping == "reward":
+            mixed = loop_advantage([r + alpha * x for r, x in zip(group, s)])
+            expected.append(mixed if len(set(group)) > 1 else [0.0] * 5)
+        else:
+            expected.append([a + alpha * abs(a) * x for a, x in zip(plain, s)])
+    actual = icpo_advantage(rewards, l, alpha, beta, shaping)
+    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=0)
+    groups = torch.randperm(30)
+    torch.testing.assert_close(icpo_advantage(rewards[groups], l[groups], alpha, beta, shaping), actual[groups])
+
+
+@pytest.mark.parametrize("shaping", ["reward", "gated"])
+def test_alpha_zero_is_grpo_to_the_bit(shaping):
+    rewards, l = torch.rand(50, 8).round(decimals=1), -torch.rand(50, 8)
+    assert torch.equal(icpo_advantage(rewards, l, 0.0, 10.0, shaping), group_advantage(rewards))
+    kept = icpo_advantage(torch.ones(2, 4), -torch.rand(2, 4), 0.0, 10.0, shaping, keep_uniform_groups=True)
+    assert torch.equal(kept, torch.zeros(2, 4))
+
+
+def test_kept_uniform_groups_get_alpha_times_preference():
+    l = torch.tensor([[-0.1, -0.5, -0.2]])
+    kept = icpo_advantage(torch.zeros(1, 3), l, 0.4, 10.0, "reward", keep_uniform_groups=True)
+    torch.testing.assert_close(kept, 0.4 * torch.tensor([loop_preference(l[0].tolist(), 10.0)]))
+
+
+def test_verifier_is_never_overruled():
+    for bits in itertools.product([0.0, 1.0], repeat=5):
+        rewards, l = torch.tensor([bits]), -torch.rand(1, 5) * 3
+        additive = icpo_advantage(rewards, l, 0.499, 1e4, "reward")[0]
+        right, wrong = additive[rewards[0] == 1], additive[rewards[0] == 0]
+        assert len(right) == 0 or len(wrong) == 0 or right.min() > wrong.max()
+        assert torch.equal(icpo_advantage(rewards, l, 0.999, 1e4, "gated").sign(), group_advantage(rewards).sign())
+
+
+def test_direction_confident_errors_and_undervalued_successes():
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    l = torch.tensor([[-0.1, -0.6, -0.1, -0.6]])
+    for shaping in ("reward", "gated"):
+        sure_right, unsure_right, sure_wrong, unsure_wrong = icpo_advantage(rewards, l, Config().alpha - 0.01, 10.0, shaping)[0]
+        assert unsure_right > sure_right > 0 > unsure_wrong > sure_wrong
+
+
+def test_repetition_does_not_pay():
+    """A wrong answer that the model repeats with log-probs near 0, or a rambling one, never outranks a right one."""
+    for wrong in (-1e-4, -0.2, -5.0):
+        for shaping, alpha in (("gated", Config().alpha), ("reward", 0.49)):
+            advantages = icpo_advantage(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[-0.2, wrong, -0.2, -0.3]]),
+                                        alpha, Config().beta, shaping)[0]
+            assert advantages[0] > 0 and advantages[0] > advantages[1:].max()
+
+
+def test_bad_shapes_and_names_are_refused():
+    for function in (lambda x: preference_advantage(x, 1.0), group_advantage):
+        with pytest.raises(ValueError, match="at least 2"):
+            function(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="additive"):
+        icpo_advantage(torch.zeros(1, 2), torch.zeros(1, 2), 0.1, 1.0, "additive")
+    with pytest.raises(ValueError, match="mean"):
+        policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1, dtype=torch.bool), aggregation="mean")
+
+
+def test_sequence_log_prob_is_the_mean_over_the_response():
+    log_probs = torch.tensor([[-1.0, -2.0, -3.0, math.nan], [-4.0, 9.0, 9.0, 9.0]])  # the padding holds rubbish
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    assert sequence_log_prob(log_probs, mask).tolist() == [-2.0, -4.0]
+
+
+# --------------------------------------------------------------------------------------------------------- Policy loss
+
+
+@pytest.mark.parametrize("A, ratio, slope", [(1, 0.5, 1), (1, 1.0, 1), (1, 1.5, 0), (-1, 0.5, 0), (-1, 1.0, -1), (-1, 1.5, -1),
+                                             (1, 1.27, 1), (1, 1.29, 0), (-1, 0.81, -1), (-1, 0.79, 0)])
+def test_clip_table(A, ratio, slope):
+    """The derivative of the objective by the ratio: A inside, 0 where the ratio has already moved far enough in A's favour."""
+    log_probs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    loss, stats = policy_loss(log_probs, torch.zeros(1, 1), torch.tensor([float(A)]), torch.ones(1, 1, dtype=torch.bool))
+    loss.backward()
+    assert -log_probs.grad.item() / ratio == pytest.approx(slope, abs=1e-6)  # d ratio / d log_prob is the ratio
+    assert stats["clipped"] == (slope == 0)
+
+
+def test_ratio_is_of_probabilities():
+    old, new = torch.tensor([[math.log(0.4)]]), torch.tensor([[math.log(0.2)]])
+    loss, _ = policy_loss(new, old, torch.ones(1), torch.ones(1, 1, dtype=torch.bool))
+    assert loss.item() == pytest.approx(-0.5)
+
+
+def random_loss_inputs(B=5, T=7):
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.arange(T) < torch.tensor([7, 1, 3, 2, 5])[:, None]
+    log_probs, old, ref = (torch.randn(B, T, generator=generator, dtype=torch.float64) * 0.4 - 1 for _ in range(3))
+    return log_probs.requires_grad_(), old, torch.randn(B, generator=generator, dtype=torch.float64), mask, ref
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_loss_and_stats_equal_loop_over_tokens(aggregation):
+    log_probs, old, A, mask, ref = random_loss_inputs()
+    loss, stats = policy_loss(log_probs, old, A, mask, 0.2, 0.28, aggregation, ref_log_probs=ref, kl_coef=0.3)
+    rows, clipped, kl_old, kl_ref = [], 0, 0.0, 0.0
+    for b in range(len(mask)):
+        terms = []
+        for t in range(int(mask[b].sum())):
+            new_p, old_p, ref_p = (math.exp(x[b, t].item()) for x in (log_probs, old, ref))
+            r, a = new_p / old_p, A[b].item()
+            bounded = min(max(r, 0.8), 1.28)
+            k3 = ref_p / new_p - math.log(ref_p / new_p) - 1
+            terms.append(-min(r * a, bounded * a) + 0.3 * k3)
+            clipped += bounded * a < r * a
+            kl_old, kl_ref = kl_old + r - math.log(r) - 1, kl_ref + k3
+        rows.append(terms)
+    flat = [term for terms in rows for term in terms]
+    expected = statistics.mean(flat) if aggregation == "token" else statistics.mean(map(statistics.mean, rows))
+    assert loss.item() == pytest.approx(expected)
+    assert (stats["tokens"], stats["clipped"]) == (18, clipped) and clipped > 0
+    assert stats["kl_old"].item() == pytest.approx(kl_old) and stats["kl_ref"].item() == pytest.approx(kl_ref)
+
+
+@pytest.mark.parametrize("aggregation, normalizer", [("token", 18), ("sequence", 5)])
+def test_micro_batches_add_up_and_padding_and_inputs_stay(aggregation, normalizer):
+    log_probs, old, A, mask, ref = random_loss_inputs()
+    before = copy.deepcopy((log_probs, old, A, mask, ref))
+    whole, _ = policy_loss(log_probs, old, A, mask, aggregation=aggregation, ref_log_probs=ref, kl_coef=0.1)
+    gradient, = torch.autograd.grad(whole, log_probs)
+    for old_tensor, new_tensor in zip(before, (log_probs, old, A, mask, ref)):
+        assert torch.equal(old_tensor, new_tensor)
+    assert torch.equal(gradient[~mask], torch.zeros_like(gradient[~mask]))
+    for size in (1, 2, 3):
+        parts = sum(policy_loss(log_probs[i:i + size], old[i:i + size], A[i:i + size], mask[i:i + size], 0.2, 0.28, aggregation,
+                                normalizer, ref[i:i + size], 0.1)[0] for i in range(0, 5, size))
+        torch.testing.assert_close(torch.autograd.grad(parts, log_probs)[0], gradient)
+    rubbish = torch.where(mask, old, torch.nan)
+    torch.testing.assert_close(policy_loss(log_probs, rubbish, A, mask, aggregation=aggregation, ref_log_probs=ref, kl_coef=0.1)[0], whole)
+
+
+def test_kl_estimator_is_unbiased_and_points_from_policy_to_reference():
+    """Its mean under pi, enumerated over a vocabulary, is KL(pi || pi_ref), not KL(pi_ref || pi)."""
+    pi, ref = torch.tensor([0.7, 0.2, 0.06, 0.04], dtype=torch.float64), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    terms = [policy_loss(p.log().view(1, 1), p.log().view(1, 1), torch.zeros(1), one, ref_log_probs=q.log().view(1, 1), kl_coef=1.0)
+             for p, q in zip(pi, ref)]
+    true = sum(p * math.log(p / q) for p, q in zip(pi.tolist(), ref.tolist()))
+    assert sum(p * loss for p, (loss, _) in zip(pi.tolist(), terms)).item() == pytest.approx(true)
+    # kl_old: tokens were drawn from the old policy, so the mean under it is KL(pi_old || pi).
+    terms = [policy_loss(q.log().view(1, 1), p.log().view(1, 1), torch.zeros(1), one)[1]["kl_old"] for p, q in zip(pi, ref)]
+    assert sum(p * kl for p, kl in zip(pi.tolist(), terms)).item() == pytest.approx(true)
+
+
+@pytest.mark.parametrize("function", [sequence_log_prob, preference_advantage, group_advantage, icpo_advantage, policy_loss],
+                         ids=lambda function: function.__name__)
+def test_pure_functions_work_pasted_alone(function):
+    needed = [preference_advantage, group_advantage] if function is icpo_advantage else []
+    namespace = {}
+    exec("import torch\nfrom torch import Tensor\n" + "".join(map(inspect.getsource, [*needed, function])), namespace)
+    l, mask = -torch.rand(3, 4), torch.rand(3, 4) < 0.7
+    arguments = {"sequence_log_prob": (l, mask), "preference_advantage": (l, 5.0), "group_advantage": (l,),
+                 "icpo_advantage": (l.round(), l, 0.3, 5.0), "policy_loss": (l, l - 0.1, l[:, 0], mask)}[function.__name__]
+    torch.testing.assert_close(namespace[function.__name__](*arguments), function(*arguments))
+
+
+# ------------------------------------------------------------------------------------------------ Sampling and scoring
+
+
+def prefix_log_prob(model, tokens, position, temperature=1.0):
+    """log p(tokens[position] | tokens[:position]) by a forward pass over the prefix alone, in float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens[:position]])).logits[0, -1].double() / temperature
+    return (logits[tokens[position]] - logits.logsumexp(dim=0)).item()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_equal_loop_over_prefixes_under_a_hostile_generation_config(model, temperature):
+    for name, value in dict(do_sample=True, top_k=20, top_p=0.8, repetition_penalty=1.1, temperature=0.7).items():
+        setattr(model.generation_config, name, value)
+    rollout = draw(model, temperature=temperature)
+    log_probs, entropies = token_log_probs(model, rollout, temperature)
+    assert log_probs.dtype == entropies.dtype == torch.float32 and log_probs.shape == rollout.mask.shape
+    torch.testing.assert_close(rollout.log_probs, log_probs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rollout.entropies, entropies, atol=1e-4, rtol=0)
+    for b, response in enumerate(rollout.responses()):
+        tokens = PROMPTS[b // 4] + response
+        for t in range(len(response)):
+            expected = prefix_log_prob(model, tokens, len(PROMPTS[b // 4]) + t, temperature)
+            assert log_probs[b, t].item() == pytest.approx(expected, abs=1e-5)
+        assert log_probs[b, len(response):].eq(0).all()
+
+
+def test_entropy_equals_sum_over_the_vocabulary():
+    model = qwen2()
+    rollout = draw(model)
+    p = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double().softmax(dim=0)
+    assert rollout.entropies[0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-5)
+
+
+def test_greedy_equals_generate(model):
+    rollout = draw(model, group_size=1, max_new_tokens=12, temperature=0)
+    for prompt, response in zip(PROMPTS, rollout.responses()):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=EOS, pad_token_id=0)
+        assert response == expected[0, len(prompt):].tolist()
+
+
+@pytest.mark.parametrize("eos_ids", [[EOS], [0], [EOS, 11, 0]], ids=["plain", "eos is the padding id", "several"])
+def test_end_of_sequence_belongs_to_the_response_and_truncation_is_seen(model, eos_ids):
+    rollout = draw(model, group_size=16, max_new_tokens=6, eos_ids=eos_ids)
+    responses = rollout.responses()
+    for b, response in enumerate(responses):
+        assert rollout.mask[b].tolist() == [t < len(response) for t in range(rollout.mask.shape[1])]
+        assert not any(token in eos_ids for token in response[:-1])
+        assert rollout.truncated[b].item() == (response[-1] not in eos_ids)
+        assert rollout.truncated[b].item() <= (len(response) == 6)
+        assert rollout.ids[b, :len(PROMPTS[b // 16])].tolist() == PROMPTS[b // 16]
+    assert rollout.truncated.any() and not rollout.truncated.all() and len(set(map(len, responses))) > 2
+
+
+def test_sampled_frequencies_equal_probabilities(model):
+    """Second tokens of 40,000 samples: prefill, shared cache and drawing, against probabilities by enumeration."""
+    n, prompt = 40_000, PROMPTS[0]
+    rollout = sample(model, [prompt], n, 2, [], temperature=0.8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        first = (model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / 0.8).softmax(dim=0)
+        nexts = (model(input_ids=torch.tensor([prompt + [a] for a in range(VOCAB)])).logits[:, -1].double() / 0.8).softmax(dim=1)
+    joint = (first[:, None] * nexts).flatten() * n
+    counts = torch.bincount(rollout.ids[:, -2] * VOCAB + rollout.ids[:, -1], minlength=VOCAB**2)
+    common = joint >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([joint[common], joint[~common].sum()[None]])
+    chi2, freedom = ((observed - expected) ** 2 / expected).sum().item(), len(expected) - 1
+    assert freedom > 20 and abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)  # 5 standard deviations
+
+
+def test_drawing_is_exact_in_the_tail_of_a_large_vocabulary():
+    """A likely first token, then 150,000 unlikely ones of which half are impossible: none of these, all parts of the rest."""
+    V, n = 150_000, 1000
+    logits = torch.full((V,), -math.inf)
+    logits[0], logits[2::2] = math.log(0.5), math.log(0.5 / (V // 2 - 1))
+
+    class Fixed(torch.nn.Module):
+        config, device = Qwen2Config(vocab_size=V), torch.device("cpu")
+
+        def forward(self, input_ids, **kwargs):
+            return type("Output", (), {"logits": logits.expand(len(input_ids), 1, V)})
+
+    tokens = torch.cat([sample(Fixed(), [[1]], 100, 1, [], generator=torch.Generator().manual_seed(i)).ids[:, 1] for i in range(n // 100)])
+    assert (tokens % 2 == 0).all()
+    shares = [(tokens == 0).float().mean()] + [((tokens > 0) & (tokens * 4 // V == quarter)).float().mean() for quarter in range(4)]
+    for share, expected in zip(shares, [0.5, 0.125, 0.125, 0.125, 0.125]):
+        assert share.item() == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / n))
+
+
+def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):
+    rollout = draw(model)
+    values, _ = token_log_probs(model, rollout)
+
+    def gradient(rollout, row):
+        model.zero_grad()
+        token_log_probs(model, rollout)[0][row].sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    for b in range(len(rollout.ids)):
+        alone = rollout.select(torch.tensor([b]))
+        assert alone.ids.shape[1] == len(PROMPTS[b // 4]) + rollout.lengths[b]
+        torch.testing.assert_close(token_log_probs(model, alone)[0][0], values[b, :rollout.lengths[b]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient(rollout.select(torch.tensor([5])), 0), gradient(rollout, 5), atol=1e-4, rtol=1e-4)
+    padding = torch.arange(rollout.ids.shape[1]) >= (rollout.prompt_lengths + rollout.lengths)[:, None]
+    other = copy.copy(rollout)
+    other.ids = torch.nn.functional.pad(torch.where(padding, 13, rollout.ids), (0, 6), value=EOS)
+    torch.testing.assert_close(token_log_probs(model, other)[0], values, atol=1e-5, rtol=0)
+
+
+def test_a_row_samples_the_same_whatever_its_neighbours(model):
+    """Rows end, leave the batch and share prefills of different lengths; each still is what it would have been alone."""
+    together = draw(model, group_size=3, max_new_tokens=8, seed=4)
+    uniforms = torch.rand(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    for b in range(9):
+        tokens = list(PROMPTS[b // 3])
+        for t in range(8):  # inverse CDF by hand
+            with torch.no_grad():
+                p = model(input_ids=torch.tensor([tokens])).logits[0, -1].double().softmax(dim=0)
+            tokens.append(next(v for v in range(VOCAB) if p[:v + 1].sum() > uniforms[b, t] or v == VOCAB - 1))
+            if tokens[-1] == EOS:
+                break
+        assert tokens[len(PROMPTS[b // 3]):] == together.responses()[b]
+
+
+def test_chunked_log_probs_equal_the_plain_path_in_value_and_gradient(model):
+    rollout, results = draw(model), []
+    for max_logits in (2**25, 5 * VOCAB, 1):
+        model.zero_grad()
+        log_probs, entropies = token_log_probs(model, rollout, 0.7, max_logits=max_logits)
+        (log_probs * torch.arange(log_probs.shape[1])).sum().backward()
+        results.append((log_probs.detach(), entropies, [parameter.grad.clone() for parameter in model.parameters()]))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], atol=1e-4, rtol=1e-4)
+
+
+SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64, eos_token_id=EOS, bos_token_id=None, pad_token_id=0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=1.5, sliding_window=4)),
+    lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0)),
+    lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.2))], ids=["soft cap", "scaling", "scale"])
+def test_models_that_cap_or_scale_their_logits(make):
+    torch.manual_seed(0)
+    model = scaled(make())
+    rollout = draw(model)
+    log_probs, _ = token_log_probs(model, rollout, max_logits=5 * VOCAB)
+    torch.testing.assert_close(rollout.log_probs, log_probs, atol=1e-5, rtol=0)
+    tokens = PROMPTS[1] + rollout.responses()[4]
+    assert log_probs[4, 0].item() == pytest.approx(prefix_log_prob(model, tokens, 1), abs=1e-5)
+
+
+def test_bf16_logits_are_normalised_in_float32(monkeypatch):
+    model = qwen2()
+    rollout = draw(model)
+    N = int(rollout.mask.sum())
+    logits = (torch.randn(N, VOCAB, generator=torch.Generator().manual_seed(0)) * 5).bfloat16()
+    monkeypatch.setattr(icpo, "output_logits", lambda *args: logits)
+    log_probs, _ = token_log_probs(model, rollout)
+    row, t = rollout.mask.nonzero(as_tuple=True)
+    targets = torch.tensor([token for response in rollout.responses() for token in response])
+    expected = logits.double().log_softmax(dim=1)[torch.arange(N), targets]
+    assert log_probs.dtype == torch.float32
+    torch.testing.assert_close(log_probs[row, t].double(), expected, atol=1e-4, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- Update
+
+
+def settings(**kwargs):
+    return Config(**{"lr": 0.0, "micro_batch": 100, "max_grad_norm": 1e9} | kwargs)
+
+
+class Keep(torch.optim.SGD):
+    """An optimizer that keeps the gradients of its first step and changes nothing."""
+
+    def step(self):
+        self.gradient = getattr(self, "gradient", torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
+
+
+def update_gradient(model, rollout, advantages, reference=None, **kwargs):
+    optimizer = Keep(model.parameters(), lr=0.0)
+    metrics = icpo.update(model, optimizer, rollout, advantages, settings(**kwargs), reference)
+    return optimizer.gradient, metrics
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_gradient_does_not_depend_on_micro_batches_row_order_or_skipped_rows(model, aggregation):
+    rollout = draw(model, group_size=4, max_new_tokens=12)
+    advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    advantages[[2, 5, 6]] = 0
+    # The oracle: -sum of A * log-prob over all tokens, weighed by a loop; at ratio 1 its gradient is that of the clipped loss.
+    log_probs, total = token_log_probs(model, rollout)[0], 0.0
+    lengths = rollout.lengths.tolist()
+    for b in range(12):
+        weight = 1 / sum(lengths) if aggregation == "token" else 1 / (lengths[b] * 12)
+        total = total - advantages[b] * log_probs[b, :lengths[b]].sum() * weight
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(model.parameters()))])
+    assert len(set(lengths)) > 2
+    for size in (1, 2, 5, 100):
+        actual, _ = update_gradient(model, rollout, advantages, aggregation=aggregation, micro_batch=size)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    order = torch.randperm(12)
+    actual, _ = update_gradient(model, rollout.select(order), advantages[order], aggregation=aggregation, micro_batch=5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    actual, _ = update_gradient(model, rollout, advantages, aggregation=aggregation, gradient_checkpointing=True)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradient(model):
+    rollout, advantages = draw(model), torch.randn(12)
+    expected, _ = update_gradient(model, rollout, advantages)
+    calls = []
+    model.gradient_checkpointing_enable()
+    layer = next(module for module in model.modules() if hasattr(module, "mlp"))
+    layer.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    actual, _ = update_gradient(model, rollout, advantages)
+    assert len(calls) == 2  # once forward, once again in the backward pass
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(draw(model).log_probs, rollout.log_probs)  # sampling still has its cache
+
+
+@pytest.mark.parametrize("size", [3, 100])
+def test_first_ratio_is_exactly_one_and_the_second_is_not(size, monkeypatch):
+    model, seen = gpt2(), []  # dropout 0.1, which must not act
+    monkeypatch.setattr(icpo, "policy_loss", lambda new, old, *args, **kwargs: seen.append((new - old).exp()) or policy_loss(new, old, *args, **kwargs))
+    model.train()
+    config = settings(inner_epochs=2, micro_batch=size, lr=1e-2)
+    rollout = draw(model)
+    icpo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), rollout, torch.randn(12), config)
+    first, second = seen[:len(seen) // 2], seen[len(seen) // 2:]
+    assert all(ratio.eq(1).all() for ratio in first)
+    assert all(ratio.ne(1).any() for ratio in second)
+
+
+def test_metrics_of_the_update_equal_a_loop_over_all_tokens(model):
+    rollout, advantages, reference = draw(model), torch.randn(12), copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(0.9)
+    policy = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
+    config = settings(inner_epochs=2, micro_batch=5, kl_coef=0.1)
+    metrics = icpo.update(policy, optimizer, rollout, advantages, config, reference)
+    # The second epoch again by hand: first epoch on a copy, then ratios and KL token by token.
+    copied = copy.deepcopy(model)
+    icpo.update(copied, torch.optim.SGD(copied.parameters(), lr=0.05), rollout, advantages, settings(micro_batch=5, kl_coef=0.1), reference)
+    clipped, kl_old, kl_ref, tokens = 0, 0.0, 0.0, 0
+    for b, response in enumerate(rollout.responses()):
+        for t in range(len(response)):
+            place = (PROMPTS[b // 4] + response, len(PROMPTS[b // 4]) + t)
+            old, new, ref = (prefix_log_prob(m, *place) for m in (model, copied, reference))
+            ratio = math.exp(new - old)
+            clipped += ratio > 1.28 if advantages[b] > 0 else ratio < 0.8
+            kl_old, kl_ref, tokens = kl_old + ratio - (new - old) - 1, kl_ref + math.exp(ref - new) - (ref - new) - 1, tokens + 1
+    assert metrics["ratio/clip_frac"] == pytest.approx(clipped / tokens) and clipped
+    assert metrics["kl/old"] == pytest.approx(kl_old / tokens, rel=1e-3)
+    assert metrics["kl/ref"] == pytest.approx(kl_ref / tokens, rel=1e-3)
+
+
+def test_uniform_batches_and_broken_gradients_make_no_step():
+    model = qwen2()
+    rollout, before = draw(model), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    assert icpo.update(model, optimizer, rollout, torch.zeros(12), settings())["grad_norm"] == 0
+    metrics = icpo.update(model, optimizer, rollout, torch.full((12,), math.inf), settings())
+    assert metrics["update/skipped"] == 1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_rollout_metrics_equal_loops():
+    model = qwen2()
+    rollout = draw(model)
+    verified, noisy = (torch.randint(0, 2, (3, 4), generator=torch.Generator().manual_seed(i)).float() for i in (0, 1))
+    l = sequence_log_prob(rollout.log_probs, rollout.mask).view(3, 4)
+    metrics = icpo.rollout_metrics(rollout, verified, noisy, l, icpo_advantage(noisy, l, 0.4, 10.0), 10.0)
+    groups = [list(zip(v, c)) for v, c in zip(verified.tolist(), l.tolist())]
+    assert metrics["reward/verified"] == pytest.approx(statistics.mean(v for group in groups for v, _ in group))
+    assert metrics["reward/std"] == pytest.approx(statistics.mean(statistics.stdev(row) for row in noisy.tolist()))
+    for name, value in (("correct", 1), ("wrong", 0)):
+        assert metrics[f"confidence/{name}"] == pytest.approx(statistics.mean(c for group in groups for v, c in group if v == value))
+    overconfident = [max(group, key=lambda pair: pair[1])[0] == 0 and any(v for v, _ in group) for group in groups]
+    assert metrics["confidence/overconfident_frac"] == pytest.approx(statistics.mean(overconfident))
+    assert metrics["groups/uniform_frac"] == pytest.approx(statistics.mean(len(set(row)) == 1 for row in noisy.tolist()))
+    every = [rollout.entropies[b, t].item() for b, n in enumerate(rollout.lengths.tolist()) for t in range(n)]
+    assert metrics["entropy"] == pytest.approx(statistics.mean(every))
+    assert icpo.rollout_metrics(rollout, torch.ones(3, 4), noisy, l, noisy, 10.0)["confidence/wrong"] is None
+
+
+# --------------------------------------------------------------------------------------------------------- Whole runs
+
+
+def run(*flags):
+    return icpo.main([str(flag) for flag in flags])
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """The built-in task with a shorter apprenticeship to a less sloppy teacher."""
+    folder = tmp_path_factory.mktemp("task")
+    icpo.write_task(folder / "task", Config(task_warmup_steps=500, task_teacher_error=0.7), torch.device("cpu"))
+    return folder / "task"
+
+
+def own(task, out, *flags):
+    return ["--model", task / "model", "--train-data", task / "train.jsonl", "--eval-data", task / "eval.jsonl", "--output-dir", out,
+            "--max-new-tokens", 32, "--micro-batch", 128, "--eval-rows", 128, "--eval-samples", 0, "--lr", 2e-4, *flags]
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["learns", "negated advantages un-learn"])
+def test_task_learns(task, tmp_path, monkeypatch, direction):
+    monkeypatch.setattr(icpo, "icpo_advantage", lambda *args: direction * icpo_advantage(*args))
+    assert run(*own(task, tmp_path / "run", "--steps", 12)) == 0
+    accuracies = [row["eval/accuracy"] for row in rows_of(tmp_path / "run" / "metrics.jsonl") if "eval/accuracy" in row]
+    assert (accuracies[-1] - accuracies[0]) * direction > 0.1, accuracies
+
+
+def test_resume_repeats_an_unbroken_run_bit_for_bit(task, tmp_path):
+    flags = ["--eval-every", 2, "--save-every", 2, "--reward-noise", 0.2, "--prompts-per-step", 4, "--eval-rows", 16]
+    assert run(*own(task, tmp_path / "whole", *flags, "--steps", 4)) == 0
+    assert run(*own(task, tmp_path / "broken", *flags, "--steps", 2)) == 0
+    with open(tmp_path / "broken" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3}\n')  # a step after the checkpoint, as a killed run leaves it
+    assert run(*own(task, tmp_path / "broken", *flags, "--steps", 4, "--resume")) == 0
+    states = [torch.load(tmp_path / name / "checkpoint" / "state.pt", weights_only=True) for name in ("whole", "broken")]
+    for part in ("policy", "optimizer"):
+        whole, broken = ([x for x in torch.utils._pytree.tree_leaves(state[part]) if x is not None] for state in states)
+        assert len(whole) == len(broken) > 30 and all(map(torch.equal, map(torch.as_tensor, whole), map(torch.as_tensor, broken)))
+    for log in ("metrics.jsonl", "samples.jsonl"):
+        whole, broken = ([{name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per_s"))}
+                          for row in rows_of(tmp_path / run / log)] for run in ("whole", "broken"))
+        assert whole == broken
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A saved Qwen2-architecture model with a byte-level BPE tokenizer and a chat template, its weights in bf16."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {character: i for i, character in enumerate(sorted(icpo.ByteLevel.alphabet()))}
+    vocabulary |= {"is": 256, "<|endoftext|>": 257}
+    tokenizer = icpo.Qwen2Tokenizer(vocab=vocabulary, merges=[("i", "s")])
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                                 num_key_value_heads=1, max_position_embeddings=256, eos_token_id=257)).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+GSM = [{"question": f"What is {n} and {n}?", "answer": f"{n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}\n#### {2 * n}"} for n in range(9)]
+
+
+def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
+    (tmp_path / "my_reward.py").write_text("def count(response, reference):\n"
+                                           "    assert reference in map(str, range(0, 18, 2)), reference\n"
+                                           "    return response.count('e') / 8\n")
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "data.jsonl", GSM + [{"question": "x" * 300, "answer": "1"}])
+    flags = ["--model", tiny, "--train-data", data, "--eval-data", data, "--prompt-key", "question", "--max-new-tokens", 8,
+             "--max-prompt-tokens", 200, "--steps", 2, "--prompts-per-step", 3, "--group-size", 4, "--eval-samples", 2,
+             "--reward", "my_reward:count", "--system-prompt", "Be brief.", "--prompt-suffix", " Think.", "--kl-coef", 0.1,
+             "--inner-epochs", 2, "--micro-batch", 5, "--shaping", "reward", "--alpha", 0.3, "--output-dir", tmp_path / "run"]
+    assert run(*flags) == 0
+    assert "skipped 1 prompts" in capfd.readouterr().out
+    metrics, samples = rows_of(tmp_path / "run" / "metrics.jsonl"), rows_of(tmp_path / "run" / "samples.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2] and len(samples) == 2 * 4
+    assert set(metrics[2]) == {
+        "step", "reward/mean", "reward/verified", "reward/std", "reward/errors", "groups/uniform_frac", "advantage/abs_mean",
+        "preference/abs_mean", "confidence/correct", "confidence/wrong", "confidence/overconfident_frac", "entropy", "length/mean",
+        "length/truncated_frac", "ratio/clip_frac", "kl/old", "kl/ref", "loss", "grad_norm", "update/skipped", "lr", "alpha",
+        "time/sample", "time/score", "time/update", "tokens_per_s", "eval/accuracy", "eval/mean_at_k", "eval/pass_at_k"}
+    assert metrics[2]["reward/errors"] == 0 and metrics[2]["lr"] == pytest.approx(1e-6 * 2 / 5)
+    assert {sample["reference"] for sample in samples} <= {str(n) for n in range(0, 18, 2)}
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model"), AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert policy.dtype == torch.float32 and tokenizer("this").input_ids[-1] == 256
+    # float32 masters: two steps of at most 4e-7 would be lost in the checkpoint's bf16, and yet most weights moved
+    old = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).state_dict()
+    moved = torch.cat([(value != old[name]).flatten() for name, value in policy.state_dict().items() if "layers" in name])
+    assert moved.float().mean() > 0.5
+
+
+def test_prompts_go_through_the_chat_template_and_tokens(tiny, tmp_path):
+    model, tokenizer, eos_ids = icpo.load_model(str(tiny), torch.device("cpu"))
+    assert eos_ids == [257] and model.dtype == torch.float32
+    data = str(write_jsonl(tmp_path / "data.jsonl", [{"prompt": "2+2 is 4", "answer": "\\boxed{4}"}]))
+    config = Config(system_prompt="S", prompt_suffix="!")
+    example, = icpo.load_examples(data, tokenizer, config)
+    assert tokenizer.decode(example.ids) == "[system]S[user]2+2 is 4![assistant]" and example.reference == "4"
+    example, = icpo.load_examples(data, tokenizer, Config(prompt_suffix="!", no_chat_template=True))
+    assert tokenizer.decode(example.ids) == "2+2 is 4!" and 256 in example.ids
+
+
+def test_every_example_once_an_epoch():
+    taken = [i for step in range(1, 13) for i in icpo.batch_indices(10, step, 5, seed=0)]
+    epochs = [taken[start:start + 10] for start in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
+
+
+def test_failing_rewards_score_zero_and_are_counted():
+    def reward(response, reference):
+        return {"a": 1.0, "b": math.nan, "c": "no number"}[response]
+
+    with pytest.warns(UserWarning, match="no number"):
+        rewards, failed = icpo.score_responses(reward, ["a", "b", "c", "d", "a"], ["r"] * 5)
+    assert rewards.tolist() == [1, 0, 0, 0, 1] and failed == 3
+
+
+def test_alpha_falls_and_noise_flips(tiny, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", GSM)
+    assert run("--model", tiny, "--train-data", data, "--prompt-key", "question", "--max-new-tokens", 4, "--steps", 3, "--alpha", 0.4,
+               "--alpha-end", 0, "--reward-noise", 1, "--output-dir", tmp_path / "run") == 0
+    rows = rows_of(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert [row["alpha"] for row in rows] == pytest.approx([0.4, 0.2, 0.0])
+    assert all(row["reward/mean"] == 1 - row["reward/verified"] for row in rows)
+
+
+BAD = [
+    (["--group-size", 1], "at least 2 responses"), (["--alpha", 0.5, "--shaping", "reward"], "alpha < 0.5"),
+    (["--alpha", 1], "alpha < 1.0"), (["--alpha", -0.1], "0 <= alpha"), (["--alpha-end", 2], "--alpha-end 2.0"),
+    (["--steps", 0], "--steps 0"), (["--beta", 0], "--beta"), (["--reward-noise", 2], "probability"), (["--resume"], "no checkpoint in"),
+    (["--temperature", 0], "--temperature"), (["--reward", "nowhere:f"], "No module named 'nowhere'"), (["--reward", "verify:nothing"], "nothing"),
+    (["--model", "no/such/dir"], "no/such/dir"), (["--train-data", "absent.jsonl"], "absent.jsonl: No such file"),
+    (["--train-data", "broken.jsonl"], "broken.jsonl, line 3: not JSON"), (["--train-data", "keys.jsonl"], "line 2: no 'answer' among its keys ['prompt', 'reply']"),
+    (["--train-data", "list.jsonl"], "line 1: no 'prompt'"), (["--train-data", "number.jsonl"], "'prompt' is not a string"),
+    (["--train-data", "empty.jsonl"], "no usable row"), (["--train-data", "."], "Is a directory"), (["--max-prompt-tokens", 1], "no usable row"),
+    (["--max-new-tokens", 500], "context"), (["--output-dir", "."], "not empty"), (["--device", "cuda:99"], "no usable GPU"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(map(str, flags)) for flags, _ in BAD])
+def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch, capfd, flags, message):
+    if "cuda:99" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    good = {"prompt": "1+1=", "answer": "2"}
+    for name, text in {"good": json.dumps(good), "broken": f"{json.dumps(good)}\n\n{{oops\n", "empty": "\n",
+                       "keys": f'{json.dumps(good)}\r\n{{"prompt": "1", "reply": "1"}}', "list": "[1]", "number": '{"prompt": 1, "answer": 1}'}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\ufeff" * (name == "good") + text, encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    assert run("--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, *flags) == 2
+    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
+    assert message in error and "\n" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_resume_names_what_differs_and_a_full_folder_is_refused(tiny, tmp_path, capfd):
+    data = write_jsonl(tmp_path / "data.jsonl", GSM)
+    flags = ["--model", tiny, "--train-data", data, "--prompt-key", "question", "--max-new-tokens", 4, "--steps", 1, "--output-dir", tmp_path / "run"]
+    assert run(*flags) == 0
+    assert run(*flags) == 2 and "is not empty" in capfd.readouterr().err
+    assert run(*flags, "--resume", "--beta", 3, "--steps", 2) == 2
+    assert "--beta 3.0 (was 10.0)" in capfd.readouterr().err
+
+
+def test_command_line_as_a_process():
+    script = Path(icpo.__file__)
+    unknown = subprocess.run([sys.executable, script, "--alhpa", "1"], capture_output=True, text=True)
+    assert unknown.returncode == 2 and unknown.stderr.strip().endswith("unrecognized arguments: --alhpa 1")
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and all(f"--{name.replace('_', '-')}" in shown.stdout for name in Config.__dataclass_fields__)
+
+
+# ----------------------------------------------------------------------------------------------------------- Verifier
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("so \\boxed{42}", "42"), ("\\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{2}", "2"), ("\\fbox{3}", "3"),
+    ("<answer> 7 </answer>", "7"), ("<answer>\\boxed{8}</answer>", "8"), ("\\boxed{1}\n#### 5", "5"), ("#### 5\n\\boxed{1}", "1"),
+    ("work\n#### -1,200 \nbye", "-1,200"), ("#### Summary\n#### 12", "12"), ("\\boxed{9} <think>\\boxed{1}</think> \\boxed{2}", "2"),
+    ("The answer is 12. Bye", "12"), ("Answer: x", "x"), ("first 3 then 4/5", "4/5"), ("costs -7 in all", "-7"), ("nothing here", None),
+    ("\\boxed{1} \\boxed{}", None), ("\\boxed{1} \\boxed{2", None), ("#### 4\n<answer>5", None), ("<think>\\boxed{1}</think> no", None)])
+def test_extraction(response, answer):
+    assert extract_answer(response) == answer
+
+
+def test_strict_extraction_stops_before_phrase_and_number():
+    assert extract_answer("The answer is 12", strict=True) is None and extract_answer("#### 12", strict=True) == "12"
+
+
+@pytest.mark.parametrize("a, b", [
+    ("18", "18.0"), ("+18", "18"), ("18.", "18"), (".5", "0.50"), ("1,234,567", "1234567"), ("-3/4", "\\frac{-3}{4}"), ("\\dfrac{3}{4}", "0.75"),
+    ("-\\frac{3}{4}", "-0.75"), ("1 3/4", "7/4"), ("-1\\frac{3}{4}", "-1.75"), ("50%", "1/2"), ("50\\%", "50"), ("$5", "5"), ("-$5", "-5"),
+    ("\\$1,000", "1000"), ("5 dollars", "$5"), ("5 cm", "5"), ("90^\\circ", "90"), ("\\text{Paris}", "paris"), ("$\\frac{1}{2}$", "0.5"),
+    ("\\(7\\)", "7"), ("−4", "-4"), ("x = 5", "x=5"), ("72057594037927937", "72057594037927937.0"), ("new york", "New  York")])
+def test_equivalent(a, b):
+    assert is_equivalent(a, b) and is_equivalent(b, a)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("0.333", "1/3"), ("100001", "100000"), ("72057594037927937", "72057594037927936"), ("1 3/4", "13/4"), ("12,34", "1234"), ("5 cm", "5 m"),
+    ("1 or 2", "1"), ("15 \\text{ or } 16", "15"), ("-5", "5"), ("50%", "5"), ("", ""), ("", "0"), ("paris", "rome"), ("1/0", "0"), ("12", "1 2"),
+    ("not 5", "5"), ("5-6", "5"), ("1e9", "1")])
+def test_not_equivalent(a, b):
+    assert not is_equivalent(a, b) and not is_equivalent(b, a)
+
+
+def test_letters_of_multiple_choice():
+    for answer in ("B", "(B)", "B.", "b", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12"):
+        assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
+    for answer in ("C", "BAD", "A or B", "12", "Because"):
+        assert not is_equivalent(answer, "B"), answer
+
+
+def test_verify_and_its_adapters():
+    assert verify("... #### 72", "48/2 = 24\n#### 72") and not verify("#### 71", "#### 72") and not verify("no", "5")
+    assert verify(None, "5") is False and verify("5", None) is False and verify("9" * 10_000, "9" * 10_000) in (True, False)
+    assert compute_score("gsm8k", "#### 5", "5", extra_info={}) == 1.0
+    chat = [[{"role": "assistant", "content": "\\boxed{3}"}]]
+    assert reward_func(["\\boxed{3}", "4"], answer=["3", "3"], prompts=["", ""]) == [1.0, 0.0]
+    assert reward_func(chat, solution=["3"]) == [1.0] and reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None]
