@@ -120,8 +120,10 @@ class Config:
 
     def __post_init__(self):
         names = ("output_dir", "steps", "max_new_tokens", "micro_batch", "lr")
-        built_in, own = ("runs/addition", 60, 32, 128, 1e-4), (f"runs/{Path(self.model or '').name}", 500, 512, 8, 1e-6)
-        for name, value in zip(names, own if self.model else built_in):
+        values = ("runs/addition", 60, 32, 128, 1e-4)
+        if self.model:
+            values = (f"runs/{Path(self.model).resolve().name}", 500, 512, 8, 1e-6)
+        for name, value in zip(names, values):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.alpha_end = self.alpha if self.alpha_end is None else self.alpha_end
@@ -219,7 +221,8 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
                            use_cache=True).logits[:, -1]
 
     T = int(lengths.max())
-    sequences = [torch.tensor(prompts[b // group_size] + row[:n]) for b, (row, n) in enumerate(zip(tokens.tolist(), lengths))]
+    drawn = zip(tokens.tolist(), lengths.tolist())
+    sequences = [torch.tensor(prompts[b // group_size] + row[:length]) for b, (row, length) in enumerate(drawn)]
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(group_size)
     return Rollout(pad_sequence(sequences, batch_first=True).to(device), prompt_lengths, lengths, truncated,
                    log_probs[:, :T], entropies[:, :T])
@@ -326,7 +329,7 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
         gated:   A = A_GRPO + alpha * |A_GRPO| * s                 verifier gives direction, confidence strength [O]
 
     For rewards of 0 and 1: in form `reward` a right response outranks every wrong one if alpha < 1/2; in form `gated` no
-    sign ever flips if alpha < 1. A group of equal rewards gets 0, or, in form `reward` with keep_uniform_groups, alpha * s.
+    sign ever flips if alpha < 1. A group of equal rewards gets 0; in form `reward` with keep_uniform_groups, alpha * s.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError for another form.
     """
     preference, advantages = preference_advantage(seq_log_probs, beta), group_advantage(rewards)
@@ -380,7 +383,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 
 def load_reward(spec: str):
-    """The reward function f(response, reference) -> float that module:function names. Raises UserError if there is none."""
+    """The reward function f(response, reference) -> float called module:function. Raises UserError if there is none."""
     module, _, name = spec.partition(":")
     sys.path.append(os.getcwd())
     try:
@@ -396,7 +399,7 @@ def score_responses(reward, responses: list[str], references: list[str]) -> tupl
         try:
             return float(reward(response, reference))
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
-            warnings.warn(f"the reward function failed, which scores 0\n{traceback.format_exc()}", stacklevel=2)  # shown once
+            warnings.warn(f"the reward function failed, which scores 0\n{traceback.format_exc()}")  # shown once
             return math.nan
 
     rewards = torch.tensor([call(*pair) for pair in zip(responses, references, strict=True)])
@@ -444,7 +447,7 @@ def load_examples(path: str, tokenizer, config: Config) -> list[Example]:
         keys = sorted(row) if isinstance(row, dict) else []
         for key in (config.prompt_key, config.answer_key):
             if key not in keys:
-                raise UserError(f"{path}, line {number}: no {key!r} among its keys {keys}; see --prompt-key, --answer-key")
+                raise UserError(f"{path}, line {number}: no {key!r} among the keys {keys}; set --prompt-key, --answer-key")
         prompt, answer = row[config.prompt_key], str(row[config.answer_key])
         if not isinstance(prompt, str):
             raise UserError(f"{path}, line {number}: {config.prompt_key!r} is not a string")
@@ -583,7 +586,7 @@ def check(config: Config) -> None:
                    if name not in free and value != saved.get(name)]
         if changed:
             raise UserError(f"--resume: the run was started with other settings: {', '.join(changed)}")
-    elif out.exists() and any(out.iterdir()) and config.output_dir != Config().output_dir:
+    elif out.exists() and (out.is_file() or any(out.iterdir())) and (config.model or out != Path(Config().output_dir)):
         raise UserError(f"--output-dir {out} is not empty: choose another, or go on with its run by --resume")
 
 
@@ -612,8 +615,8 @@ def train(config: Config) -> dict[str, float]:
         source, train_data, eval_data = (str(out / "task" / name) for name in ("model", "train.jsonl", "eval.jsonl"))
         if not config.resume:
             if out.exists():
-                names = (out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
-                print(f"the earlier run in {out} is now in {out.rename(next(name for name in names if not name.exists()))}")
+                aside = (out.with_name(f"{out.name}-{n}") for n in itertools.count(1))
+                print(f"the earlier run in {out} is now {out.rename(next(path for path in aside if not path.exists()))}")
             write_task(out / "task", config, device)
     policy, tokenizer, eos_ids = load_model(source, device)
     reference = load_model(source, device)[0] if config.kl_coef else None
@@ -624,7 +627,8 @@ def train(config: Config) -> dict[str, float]:
     longest = max(len(example.ids) for example in examples + held_out) + config.max_new_tokens
     context = getattr(policy.config, "max_position_embeddings", longest)
     if longest > context:
-        raise UserError(f"prompt and response reach {longest} tokens, the model's context {context}: lower --max-new-tokens")
+        raise UserError(f"prompt and response reach {longest} tokens, the model's context {context}: "
+                        "lower --max-new-tokens or --max-prompt-tokens")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def measure() -> tuple[dict[str, float], list[str]]:
@@ -636,41 +640,45 @@ def train(config: Config) -> dict[str, float]:
         state = torch.load(out / "checkpoint" / "state.pt", map_location=device, weights_only=True)
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-        first, before, skipped = state["step"], state["before"], state["skipped"]
+        finished, skipped, before, after = state["step"], state["skipped"], *state["evaluations"]
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):  # later rows will be written again
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             path.unlink()
-            append(path, [row for row in rows if row["step"] <= first])
+            append(path, [row for row in rows if row["step"] <= finished])
     else:
-        first, before, skipped = 0, measure(), 0
+        finished, skipped, before = 0, 0, measure()
+        after = before
         append(out / "metrics.jsonl", [{"step": 0} | before[0]])
 
-    P, G, after = config.prompts_per_step, config.group_size, before
-    for step in (bar := tqdm(range(first + 1, config.steps + 1), desc="training", initial=first, total=config.steps)):
+    P, G = config.prompts_per_step, config.group_size
+    bar = tqdm(range(finished + 1, config.steps + 1), desc="training", initial=finished, total=config.steps)
+    for step in bar:  # the numbers below are those of the algorithm at the top
         set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         optimizer.param_groups[0]["lr"] = lr = config.lr * min(1, step / max(1, config.warmup_steps))
         alpha = config.alpha + (config.alpha_end - config.alpha) * (step - 1) / max(1, config.steps - 1)
         batch = [examples[i] for i in batch_indices(len(examples), step, P, config.seed)]
-        start = time.perf_counter()
-
         prompts = [example.ids for example in batch]
-        rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
+        references = [example.reference for example in batch for _ in range(G)]
+
+        start = time.perf_counter()
+        rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)  # 1
         responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
         sampled = time.perf_counter()
-
-        verified, errors = score_responses(reward, responses, [example.reference for example in batch for _ in range(G)])
+        verified, errors = score_responses(reward, responses, references)  # 2
         verified = verified.view(P, G)
         rewards = torch.where(torch.rand(P, G) < config.reward_noise, 1 - verified, verified)
-        confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
-        advantages = icpo_advantage(rewards, confidence, alpha, config.beta, config.shaping, config.keep_uniform_groups)
+        confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()  # 3
+        advantages = icpo_advantage(  # 4 and 5
+            rewards, confidence, alpha, config.beta, config.shaping, config.keep_uniform_groups)
         scored = time.perf_counter()
-
-        metrics = update(policy, optimizer, rollout, advantages.flatten().to(device), config, reference)
+        metrics = update(policy, optimizer, rollout, advantages.flatten().to(device), config, reference)  # 6
         done = time.perf_counter()
 
-        row = {"step": step} | rollout_metrics(rollout, verified, rewards, confidence, advantages, config.beta) | metrics | {
-            "reward/errors": errors, "alpha": alpha, "lr": lr, "time/sample": sampled - start, "time/score": scored - sampled,
-            "time/update": done - scored, "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
+        row = rollout_metrics(rollout, verified, rewards, confidence, advantages, config.beta)
+        row = {"step": step} | row | metrics | {
+            "reward/errors": errors, "alpha": alpha, "lr": lr,
+            "time/sample": sampled - start, "time/score": scored - sampled, "time/update": done - scored,
+            "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
         if step % config.eval_every == 0 or step == config.steps:
             after = measure()
             row |= after[0]
@@ -684,10 +692,10 @@ def train(config: Config) -> dict[str, float]:
 
         skipped = skipped + 1 if metrics["update/skipped"] else 0
         if skipped == 10:
-            raise UserError(f"ten steps in a row had a non-finite loss or gradient: lower --lr; {out}/checkpoint is whole")
+            raise UserError(f"ten steps in a row had a non-finite loss or gradient: lower --lr ({out}/checkpoint holds)")
         if step % config.save_every == 0 or step == config.steps:
-            state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "before": before,
-                     "skipped": skipped}
+            state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "skipped": skipped,
+                     "evaluations": (before, after)}
             (out / "checkpoint").mkdir(exist_ok=True)
             torch.save(state, out / "checkpoint" / "state.tmp")
             os.replace(out / "checkpoint" / "state.tmp", out / "checkpoint" / "state.pt")  # whole at every moment

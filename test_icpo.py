@@ -386,23 +386,37 @@ def test_sampled_frequencies_equal_probabilities(model):
     assert freedom > 20 and abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)  # 5 standard deviations
 
 
+class Fixed(torch.nn.Module):
+    """A model that gives the same logits (V,) everywhere."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.config = logits, Qwen2Config(vocab_size=len(logits))
+
+    def forward(self, input_ids, **kwargs):
+        return type("Output", (), {"logits": self.logits.expand(len(input_ids), 1, -1)})
+
+
 def test_drawing_is_exact_in_the_tail_of_a_large_vocabulary():
     """A likely first token, then 150,000 unlikely ones of which half are impossible: none of these, all parts of the rest."""
     V, n = 150_000, 1000
     logits = torch.full((V,), -math.inf)
     logits[0], logits[2::2] = math.log(0.5), math.log(0.5 / (V // 2 - 1))
-
-    class Fixed(torch.nn.Module):
-        config, device = Qwen2Config(vocab_size=V), torch.device("cpu")
-
-        def forward(self, input_ids, **kwargs):
-            return type("Output", (), {"logits": logits.expand(len(input_ids), 1, V)})
-
-    tokens = torch.cat([sample(Fixed(), [[1]], 100, 1, [], generator=torch.Generator().manual_seed(i)).ids[:, 1] for i in range(n // 100)])
+    draws = [sample(Fixed(logits), [[1]], 100, 1, [], generator=torch.Generator().manual_seed(i)) for i in range(n // 100)]
+    tokens = torch.cat([rollout.ids[:, 1] for rollout in draws])
     assert (tokens % 2 == 0).all()
     shares = [(tokens == 0).float().mean()] + [((tokens > 0) & (tokens * 4 // V == quarter)).float().mean() for quarter in range(4)]
     for share, expected in zip(shares, [0.5, 0.125, 0.125, 0.125, 0.125]):
         assert share.item() == pytest.approx(expected, abs=5 * math.sqrt(expected * (1 - expected) / n))
+
+
+@pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.5, 2), (1 - 2**-53, 2)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform, token):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, uniform, dtype=torch.float64))
+    logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])  # cumulative: 0, 1/2, 1, 1
+    assert sample(Fixed(logits), [[1]], 2, 1, []).ids[:, 1].tolist() == [token, token]
 
 
 def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):
@@ -748,7 +762,7 @@ BAD = [
     (["--steps", 0], "--steps 0"), (["--beta", 0], "--beta"), (["--reward-noise", 2], "probability"), (["--resume"], "no checkpoint in"),
     (["--temperature", 0], "--temperature"), (["--reward", "nowhere:f"], "No module named 'nowhere'"), (["--reward", "verify:nothing"], "nothing"),
     (["--model", "no/such/dir"], "no/such/dir"), (["--train-data", "absent.jsonl"], "absent.jsonl: No such file"),
-    (["--train-data", "broken.jsonl"], "broken.jsonl, line 3: not JSON"), (["--train-data", "keys.jsonl"], "line 2: no 'answer' among its keys ['prompt', 'reply']"),
+    (["--train-data", "broken.jsonl"], "broken.jsonl, line 3: not JSON"), (["--train-data", "keys.jsonl"], "line 2: no 'answer' among the keys ['prompt', 'reply']"),
     (["--train-data", "list.jsonl"], "line 1: no 'prompt'"), (["--train-data", "number.jsonl"], "'prompt' is not a string"),
     (["--train-data", "empty.jsonl"], "no usable row"), (["--train-data", "."], "Is a directory"), (["--max-prompt-tokens", 1], "no usable row"),
     (["--max-new-tokens", 500], "context"), (["--output-dir", "."], "not empty"), (["--device", "cuda:99"], "no usable GPU"),
