@@ -799,12 +799,12 @@ def test_resume_names_what_differs_and_a_full_folder_is_refused(tiny, tmp_path, 
     assert "--beta 3.0 (was 10.0)" in capfd.readouterr().err
 
 
-def test_command_line_as_a_process():
-    script = Path(icpo.__file__)
-    unknown = subprocess.run([sys.executable, script, "--alhpa", "1"], capture_output=True, text=True)
-    assert unknown.returncode == 2 and unknown.stderr.strip().endswith("unrecognized arguments: --alhpa 1")
-    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+def test_help_names_every_flag_and_unknown_ones_are_refused(capsys):
+    shown = subprocess.run([sys.executable, icpo.__file__, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0 and all(f"--{name.replace('_', '-')}" in shown.stdout for name in Config.__dataclass_fields__)
+    with pytest.raises(SystemExit) as stop:
+        run("--alhpa", 1)
+    assert stop.value.code == 2 and capsys.readouterr().err.strip().endswith("unrecognized arguments: --alhpa 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- Verifier
@@ -955,7 +955,7 @@ def test_ten_thousand_generated_pairs():
 def hostile_inputs():
     rng = random.Random(0)
     pieces = ["\\boxed{", "}", "{", "\\frac", "\\sqrt", "^", "9", "1e9", ",", "(", ")", "[", "\\{", "\\pm", " or ", "####", "<answer>", "$", "\\text{", "²", "\\", "-", "/", ".", "x=", "%", " ", "\n"]
-    for _ in range(3000):
+    for _ in range(1500):
         yield "".join(rng.choice(pieces) for _ in range(rng.randint(1, 40)))
         yield bytes(rng.randrange(256) for _ in range(rng.randint(1, 60))).decode("latin-1")
         yield "".join(chr(rng.choice([rng.randrange(0x3000), rng.randrange(0xD800, 0xE000)])) for _ in range(20))
@@ -969,22 +969,21 @@ def long_inputs(n):
 
 
 def test_no_input_raises_or_gets_another_type():
-    for text in itertools.chain(hostile_inputs(), long_inputs(100_000)):
+    for text in hostile_inputs():
         for response, reference in ((text, "1"), (f"\\boxed{{{text}}}", text), ("1", text)):
             assert type(verify(response, reference)) is bool and type(is_equivalent(response, reference)) is bool
         assert extract_answer(text) is None or type(extract_answer(text)) is str
         assert is_equivalent(text, "5 - 4.5") == is_equivalent("5 - 4.5", text)
 
 
-def test_time_is_linear_in_the_length():
-    def seconds(n, i):
-        text = next(itertools.islice(long_inputs(n), i, None))
+def test_long_inputs_cost_time_in_proportion_to_their_length():
+    def seconds(text):
         start = time.perf_counter()
-        verify(text, "1"), verify("\\boxed{1}", text)
+        assert type(verify(text, "1")) is type(verify("\\boxed{1}", text)) is type(verify(text, text)) is bool
         return time.perf_counter() - start
 
-    for i in range(len(list(long_inputs(1000)))):
-        assert min(seconds(100_000, i) for _ in range(3)) < 20 * min(seconds(10_000, i) for _ in range(3)) + 0.002
+    for short, long in zip(long_inputs(10_000), long_inputs(100_000)):
+        assert any(seconds(long) < 20 * seconds(short) + 0.002 for _ in range(5)), long[:20]  # again if something disturbed it
 
 
 def test_eight_threads_give_the_same_verdicts():

@@ -151,9 +151,8 @@ BRACKETS = re.compile(r"(\\\{|[(\[{])(.*?)(\\?[)\]}])", re.DOTALL)
 
 def read(text: str, depth: int = 0) -> tuple:
     """A tidy answer as ("number", value, unit), ("tuple", brackets, items), ("set", items), ("named", name, answer), ("text", text)."""
-    plain = re.sub(r" ?([^\w\s]) ?", r"\1", text).casefold()
     if depth > MAX_DEPTH or len(text) > MAX_LENGTH or not text:
-        return "text", plain
+        return as_text(text)
     name = NAME.match(text)
     if name and "=" not in text[name.end():]:
         return "named", name[0].replace(" ", "").rstrip("=").removesuffix("\\in"), read(text[name.end():], depth + 1)
@@ -175,7 +174,11 @@ def read(text: str, depth: int = 0) -> tuple:
     if 0 < len(parts) <= MAX_ITEMS and (match[1][-1] == "{") == (match[3][-1] == "}"):
         items = [read(part, depth + 1) for part in parts]
         return ("set", items) if match[1][-1] == "{" else ("tuple", match[1] + match[3], items)
-    return "text", plain
+    return as_text(text)
+
+
+def as_text(text: str) -> tuple[str, str]:
+    return "text", re.sub(r" ?([^\w\s]) ?", r"\1", text).casefold()  # spaces count only between words
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -196,15 +199,19 @@ def split_unit(text: str) -> tuple[str, str]:
 # A value is a sum of terms, {(square-free radicand, power of pi): rational coefficient}, so that equal values are equal dicts.
 
 TOKEN = re.compile(r"( ?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([-+]?[0-9]+))?|(\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){}\[\]]))")
-SIMPLE = re.compile(r"(-?)([0-9]+(?:\.[0-9]+)?)")
+SIMPLE = re.compile(r"(-?)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+(?:\.[0-9]+)?)(?:/([0-9]+))?)")
 COMMANDS, ONE = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi"), (1, 0)
 
 
 def value_of(text: str) -> dict:
     """The exact value of an expression. Raises Unreadable."""
-    simple = SIMPLE.fullmatch(text)  # most answers, in a tenth of the time
+    simple = SIMPLE.fullmatch(text)  # most answers are, and this is several times faster
     if simple:
-        return negate(number(simple[2], "0")) if simple[1] else number(simple[2], "0")
+        sign, top, bottom, whole, divisor = simple.groups()
+        value, divisor = Fraction(top or whole), int(bottom or divisor or 1)
+        if divisor == 0:
+            raise Unreadable
+        return {ONE: (-value if sign else value) / divisor} if value else {}
     tokens, place = [], 0
     while place < len(text):
         match = TOKEN.match(text, place)
@@ -236,8 +243,8 @@ class Expression:
     def sum(self) -> dict:
         value = self.product()
         while self.next() in ("+", "-"):
-            negative = self.take()[0] == "-"
-            value = add(value, negate(self.product()) if negative else self.product())
+            sign = -1 if self.take()[0] == "-" else 1
+            value = add(value, scale(self.product(), sign))
         return value
 
     def product(self) -> dict:
@@ -252,10 +259,10 @@ class Expression:
         return value
 
     def signed(self) -> dict:
-        signs = 0
+        sign = 1
         while self.next() in ("+", "-"):
-            signs += self.take()[0] == "-"
-        return negate(self.power()) if signs % 2 else self.power()
+            sign = -sign if self.take()[0] == "-" else sign
+        return scale(self.power(), sign)
 
     def power(self) -> dict:
         base = self.atom()
@@ -338,8 +345,8 @@ def bounded(value: dict) -> dict:
     return value
 
 
-def negate(a: dict) -> dict:
-    return {key: -x for key, x in a.items()}
+def scale(a: dict, factor: int | Fraction) -> dict:
+    return {key: x * factor for key, x in a.items()}
 
 
 def add(a: dict, b: dict) -> dict:
@@ -424,18 +431,15 @@ def same(a: tuple, b: tuple) -> bool:
         return False
     if a[0] == "number":
         (_, x, unit), (_, y, other) = a, b
-        if unit == other or not (unit and other):
-            return x == y or unit != other and as_share(x, unit) == as_share(y, other)
-        return False
+        if unit and other and unit != other:
+            return False
+        share = {"%": Fraction(1, 100)}
+        return x == y or unit != other and scale(x, share.get(unit, 1)) == scale(y, share.get(other, 1))
     if a[0] == "tuple":
         return a[1] == b[1] and len(a[2]) == len(b[2]) and all(map(same, a[2], b[2]))
     if a[0] == "set":
         return all(any(same(x, y) for y in b[1]) for x in a[1]) and all(any(same(x, y) for x in a[1]) for y in b[1])
     return a == b
-
-
-def as_share(value: dict, unit: str) -> dict:
-    return {key: x / 100 for key, x in value.items()} if unit == "%" else value
 
 
 def readable(reference) -> str:
