@@ -398,18 +398,10 @@ def root(base: dict, degree: int) -> dict:
     if top and bottom:
         return {ONE: Fraction(top, bottom)}
     rest = x.numerator * x.denominator  # sqrt(a / b) = sqrt(a * b) / b
-    if degree != 2 or rest > 10**9:
+    if degree != 2 or rest > 10**8:
         raise Unreadable
-    outside, inside, divisor = 1, 1, 2
-    while divisor**3 <= rest:  # then what is left is a prime, the square of one, or the product of two
-        while rest % divisor**2 == 0:
-            rest, outside = rest // divisor**2, outside * divisor
-        if rest % divisor == 0:
-            rest, inside = rest // divisor, inside * divisor
-        divisor += 1
-    square = whole_root(rest, 2)
-    outside, inside = (outside * square, inside) if square else (outside, inside * rest)
-    return {(inside, 0): Fraction(outside, x.denominator)}
+    outside = next(d for d in range(math.isqrt(rest), 0, -1) if rest % d**2 == 0)
+    return {(rest // outside**2, 0): Fraction(outside, x.denominator)}
 
 
 def whole_root(n: int, degree: int) -> int | None:
