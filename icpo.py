@@ -49,11 +49,13 @@ import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM,
                           Qwen2Tokenizer, set_seed)
+from transformers.cache_utils import DynamicLayer
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 from verify import extract_answer
@@ -165,9 +167,51 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probs (N, V) in float32, whatever the logits (N, V) are in; to divide by 1 would be a pass over a large V."""
+    return (logits if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1, dtype=torch.float32)
+
+
 def entropy_of(log_p: Tensor, p: Tensor) -> Tensor:
-    """(..., V), (..., V) -> (...), in nats. A third of the time of torch.special.entr, which takes logarithms anew."""
-    return -torch.where(p > 0, p * log_p, 0).sum(dim=-1)
+    """Entropies (N,) in nats, of log-probs and probabilities (N, V)."""
+    return -torch.linalg.vecdot(p, log_p.clamp(min=torch.finfo(log_p.dtype).min))  # 0 * -inf counts as 0
+
+
+class RoomyLayer(DynamicLayer):
+    """transformers' key-value cache of one layer, copied once in 64 tokens to make room, and not for each of them."""
+
+    room: tuple[Tensor, Tensor] | None = None  # self.keys and self.values are views of its first positions
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            return super().update(keys, values, *args, **kwargs)
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        if self.room is None or self.room[0].data_ptr() != self.keys.data_ptr() or self.room[0].shape[2] < end:
+            self.room = tuple(pad(old, (0, 0, 0, end - start + 63)) for old in (self.keys, self.values))
+        self.room[0][:, :, start:end], self.room[1][:, :, start:end] = keys, values
+        self.keys, self.values = (full[:, :, :end] for full in self.room)
+        return self.keys, self.values
+
+
+def draw(p: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (N,) from probabilities p (N, V), by inverse CDF of uniforms (N,), which are float64 in [0, 1).
+
+    Sums of many terms are float64: exact in a long tail, and a token with p = 0 is never drawn. Of a large vocabulary first
+    a block is drawn, then a token of it: float64 sums over all V take several times as long, and multinomial fifty times.
+    """
+
+    def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # a bin (N,), and how far into it u lies, in [0, 1)
+        cdf = weights.cumsum(dim=-1, dtype=torch.float64)
+        place = u[:, None] * cdf[:, -1:]
+        i = torch.searchsorted(cdf, place, right=True)
+        beyond = (cdf.gather(1, i) - place) / weights.gather(1, i)
+        return i.squeeze(1), (1 - beyond).clamp(0, 1 - 2**-53).squeeze(1)
+
+    if p.shape[1] <= 8192:
+        return pick(p, uniforms)[0]
+    blocks = pad(p, (0, -p.shape[1] % 512)).view(len(p), -1, 512)
+    block, u = pick(blocks.sum(dim=-1), uniforms)
+    return block * 512 + pick(blocks[torch.arange(len(p), device=p.device), block], u)[0]
 
 
 @torch.no_grad()
@@ -196,19 +240,15 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
 
     with autocast(device):
         cache = DynamicCache(config=model.config)
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
         logits = model(input_ids=ids, attention_mask=real, position_ids=positions, past_key_values=cache,
                        use_cache=True, logits_to_keep=1).logits[:, -1]
         cache.batch_repeat_interleave(group_size)
         logits, real, positions = (x.repeat_interleave(group_size, dim=0) for x in (logits, real, positions[:, -1:]))
         for t in range(max_new_tokens):
-            log_p = (logits.float() / (temperature or 1.0)).log_softmax(dim=-1)
+            log_p = log_softmax(logits, temperature or 1)
             p = log_p.exp()
-            if temperature == 0:
-                token = log_p.argmax(dim=-1)
-            else:  # inverse CDF, summed in float64: exact in a long tail, and a token with p = 0 is never drawn
-                cdf = p.cumsum(dim=-1, dtype=torch.float64)
-                token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True).squeeze(1)
-                token = token.clamp(max=p.shape[1] - 1)
+            token = draw(p, uniforms[rows, t]) if temperature else log_p.argmax(dim=-1)
             tokens[rows, t] = token
             log_probs[rows, t] = log_p.gather(1, token[:, None]).squeeze(1)
             entropies[rows, t] = entropy_of(log_p, p)
@@ -249,10 +289,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, entropy: 
     targets = rollout.ids[row, at]
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        log_p = (output_logits(model, outputs, hidden).float() / temperature).log_softmax(dim=-1)
-        with torch.no_grad():
-            entropies = entropy_of(log_p, log_p.exp()) if entropy else None
-        return log_p.gather(1, targets[:, None]).squeeze(1), entropies
+        return TargetLogProb.apply(output_logits(model, outputs, hidden), targets, temperature, entropy)
 
     with autocast(rollout.ids.device):
         outputs = model.base_model(input_ids=rollout.ids, use_cache=False)
@@ -268,6 +305,28 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, entropy: 
 
     log_probs, entropies = zip(*scores)
     return place(log_probs), place(entropies) if entropy else None
+
+
+class TargetLogProb(torch.autograd.Function):
+    """log_softmax(logits / temperature) at the targets, logits (N, V), targets (N,) -> (N,), and entropies (N,) or None.
+
+    The gradient is (onehot(target) - p) / temperature. Autograd would find it too, by way of two more (N, V) buffers.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        log_p = log_softmax(logits, temperature)
+        ctx.save_for_backward(log_p, targets)
+        ctx.temperature = temperature
+        entropies = entropy_of(log_p, log_p.exp()) if entropy else None
+        ctx.mark_non_differentiable(*[entropies] if entropy else [])
+        return log_p.gather(1, targets[:, None]).squeeze(1), entropies
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None, None]:
+        log_p, targets = ctx.saved_tensors
+        grad = grad[:, None] / ctx.temperature
+        return log_p.exp().mul_(-grad).scatter_add_(1, targets[:, None], grad), None, None, None
 
 
 def output_logits(model, outputs, hidden: Tensor) -> Tensor:

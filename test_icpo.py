@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM,
@@ -420,8 +421,24 @@ def test_drawing_is_exact_in_the_tail_of_a_large_vocabulary():
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.5, 2), (1 - 2**-53, 2)])
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform, token):
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, uniform, dtype=torch.float64))
-    logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf])  # cumulative: 0, 1/2, 1, 1
-    assert sample(Fixed(logits), [[1]], 2, 1, []).ids[:, 1].tolist() == [token, token]
+    for V in (4, 40_000):  # one level and blocks
+        logits = torch.full((V,), -math.inf)
+        logits[[V // 4, V // 2]] = 0.0  # cumulative in quarters of V: 0, 1/2, 1, 1
+        rollout = sample(Fixed(logits), [[1]], 2, 1, [])
+        assert rollout.ids[:, 1].tolist() == [token * V // 4] * 2
+        torch.testing.assert_close(rollout.entropies, torch.full((2, 1), math.log(2)))  # impossible tokens add nothing
+
+
+@pytest.mark.parametrize("V", [300, 20_001])
+def test_drawing_is_the_inverse_of_the_cumulative_distribution(V):
+    p = (torch.randn(1, V, generator=torch.Generator().manual_seed(2)) * 4).softmax(dim=1)  # from 1e-8 to 0.1
+    cdf = np.cumsum(p[0].double().numpy()) / p.double().sum().item()
+    u = np.random.default_rng(3).random(2000)
+    u[:500] = 1 - u[:500] * 1e-3  # more of the end
+    tokens = icpo.draw(p.expand(len(u), V), torch.tensor(u)).numpy()
+    low, high = np.concatenate([[0.0], cdf])[tokens], cdf[tokens]
+    assert (u >= low - 1e-6).all() and (u <= high + 1e-6).all()
+    assert ((u >= low) & (u < high)).mean() > 0.99
 
 
 def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):
@@ -457,6 +474,34 @@ def test_a_row_samples_the_same_whatever_its_neighbours(model):
             if tokens[-1] == EOS:
                 break
         assert tokens[len(PROMPTS[b // 3]):] == together.responses()[b]
+
+
+def test_responses_longer_than_the_room_in_the_cache():
+    """200 tokens: the cache makes room several times, and again when rows leave."""
+    torch.manual_seed(0)
+    model = scaled(Qwen2ForCausalLM(Qwen2Config(**SHAPE | dict(max_position_embeddings=256))))
+    for eos_ids, longest in (([EOS], 131), ([], 200)):
+        rollout = sample(model, PROMPTS, 4, 200, eos_ids, generator=torch.Generator().manual_seed(1))
+        assert rollout.lengths.max() == longest
+        torch.testing.assert_close(rollout.log_probs, token_log_probs(model, rollout)[0], atol=1e-5, rtol=0)
+
+
+def test_gradient_of_log_probs_equals_autograd_of_the_plain_formula(model):
+    rollout = draw(model)
+    gradients = []
+    for plain in (True, False):
+        model.zero_grad()
+        if plain:
+            total = 0
+            for prompt, response in zip(PROMPTS, rollout.responses()[::4]):
+                logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+                log_p = (logits / 0.7).log_softmax(dim=1)
+                total = total + sum(log_p[t, token] ** 2 for t, token in enumerate(response))
+        else:
+            total = token_log_probs(model, rollout.select(torch.tensor([0, 4, 8])), 0.7)[0].pow(2).sum()
+        total.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
 
 
 def test_chunked_log_probs_equal_the_plain_path_in_value_and_gradient(model):
