@@ -68,17 +68,13 @@ def extract_answer(response: str, strict: bool = False) -> str | None:
     answer = marked(text)
     if answer is not None or strict:
         return answer or None
-    phrase = None
-    for phrase in PHRASE.finditer(text) if "answer" in text.lower() else ():
-        pass  # on to the last
+    *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
     if phrase:
         line = text[phrase.end():].lstrip().split("\n", 1)[0]
         return re.split(r"[.;!?](?: |$)", line, maxsplit=1)[0].strip(" *") or None
-    for start in (text.rfind(" ", 0, max(0, len(text) - 200)) + 1, 0):  # mostly the end suffices; no number has a space inside
-        numbers = [match[0] for match in NUMBER.finditer(text, start)]
-        if numbers:
-            return numbers[-1]
-    return None
+    end = max(0, len(text) - 200)  # mostly the end suffices, from a space on, since no number holds one
+    numbers = NUMBER.findall(text, text.rfind(" ", 0, end) + 1) or NUMBER.findall(text)
+    return numbers[-1] if numbers else None
 
 
 # -------------------------------------------------------------------------------------------------------------- Reading
@@ -133,13 +129,10 @@ def split(text: str, separators: re.Pattern) -> list[str]:
     """The parts of a text between separators that stand outside all brackets; none if a bracket closes that none opened."""
     parts, start, depth = [], 0, 0
     for match in re.finditer(rf"\\?[(\[{{]|\\?[)\]}}]|{separators.pattern}", text):
-        if match[0][-1] in "([{":
-            depth += 1
-        elif match[0][-1] in ")]}":
-            depth -= 1
-            if depth < 0:
-                return []
-        elif depth == 0:
+        depth += (match[0][-1] in "([{") - (match[0][-1] in ")]}")
+        if depth < 0:
+            return []
+        if depth == 0 and match[0][-1] not in ")]}":
             parts.append(text[start:match.start()].strip())
             start = match.end()
     return [*parts, text[start:].strip()]
@@ -198,27 +191,17 @@ def split_unit(text: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------ Exact arithmetic
 # A value is a sum of terms, {(square-free radicand, power of pi): rational coefficient}, so that equal values are equal dicts.
 
-TOKEN = re.compile(r"( ?)(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([-+]?[0-9]+))?|(\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){}\[\]]))")
-SIMPLE = re.compile(r"(-?)(?:\\frac\{([0-9]+)\}\{([0-9]+)\}|([0-9]+(?:\.[0-9]+)?)(?:/([0-9]+))?)")
+MIXED = re.compile(r"(?<![\w.^/}])([0-9]+)(?: ([0-9]+/[0-9]+)(?![\w.])| ?(\\frac ?(?:\{[0-9]+\} ?\{[0-9]+\}|[0-9] ?[0-9])))")
+TOKEN = re.compile(r" ?(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]([-+]?[0-9]+))?|(\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){}\[\]]))")
 COMMANDS, ONE = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi"), (1, 0)
 
 
 def value_of(text: str) -> dict:
     """The exact value of an expression. Raises Unreadable."""
-    simple = SIMPLE.fullmatch(text)  # most answers are, and this is several times faster
-    if simple:
-        sign, top, bottom, whole, divisor = simple.groups()
-        value, divisor = Fraction(top or whole), int(bottom or divisor or 1)
-        if divisor == 0:
-            raise Unreadable
-        return {ONE: (-value if sign else value) / divisor} if value else {}
-    tokens, place = [], 0
-    while place < len(text):
-        match = TOKEN.match(text, place)
-        if not match:
-            raise Unreadable
-        tokens.append((match[2] or match[4], match[2] and (match[3] or "0"), bool(match[1])))
-        place = match.end()
+    text = MIXED.sub(lambda match: f"({match[1]}+{match[2] or match[3]})", text)  # 1 3/4 and 1\frac34 are sums
+    tokens = [(number or symbol, number and (exponent or "0")) for number, exponent, symbol in TOKEN.findall(text)]
+    if TOKEN.sub("", text) or sum(symbol in ("(", "{", "^", *COMMANDS) for symbol, _ in tokens) > 2 * MAX_DEPTH:
+        raise Unreadable
     reader = Expression(tokens)
     value = reader.sum()
     if reader.tokens:
@@ -227,15 +210,15 @@ def value_of(text: str) -> dict:
 
 
 class Expression:
-    """A recursive descent over tokens (text, exponent of a number or None, whether a space stands before it)."""
+    """A recursive descent over tokens: (digits, exponent) or (symbol, "")."""
 
-    def __init__(self, tokens: list[tuple]):
-        self.tokens, self.depth = tokens[::-1], 0
+    def __init__(self, tokens: list[tuple[str, str]]):
+        self.tokens = tokens[::-1]
 
-    def next(self, offset: int = 0) -> str:
-        return self.tokens[-1 - offset][0] if len(self.tokens) > offset else ""
+    def next(self) -> str:
+        return self.tokens[-1][0] if self.tokens else ""
 
-    def take(self, expected: str | None = None) -> tuple:
+    def take(self, expected: str | None = None) -> tuple[str, str]:
         if not self.tokens or expected and self.next() != expected:
             raise Unreadable
         return self.tokens.pop()
@@ -269,72 +252,46 @@ class Expression:
         if self.next() != "^":
             return base
         self.take()
-        exponent = self.signed() if self.next() in ("+", "-") else self.atom()
+        exponent = self.signed()
         if set(exponent) - {ONE}:
             raise Unreadable
         return raise_to(base, exponent.get(ONE, Fraction(0)))
 
     def atom(self) -> dict:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable
-        value = self.operand()
-        self.depth -= 1
-        return value
-
-    def operand(self) -> dict:
-        text, exponent, _ = self.take()
-        if exponent is not None:
-            return self.mixed(text, number(text, exponent))
-        if text in ("\\pi", "pi"):
+        symbol, exponent = self.take()
+        if exponent:
+            return number(symbol, exponent)
+        if symbol in ("\\pi", "pi"):
             return {(1, 1): Fraction(1)}
-        if text == "\\frac":
+        if symbol == "\\frac":
             top = self.argument()
             return multiply(top, inverse(self.argument()))
-        if text in ("\\sqrt", "sqrt"):
+        if symbol in ("\\sqrt", "sqrt"):
             degree = "2"
             if self.next() == "[":
-                _, (degree, *_), _ = self.take(), self.take(), self.take("]")
+                _, (degree, _), _ = self.take(), self.take(), self.take("]")
             if degree not in ("2", "3", "4", "5", "6"):
                 raise Unreadable
-            return raise_to(self.argument() if text == "\\sqrt" else self.atom(), Fraction(1, int(degree)))
-        if text in ("(", "{"):
+            return raise_to(self.argument() if symbol == "\\sqrt" else self.atom(), Fraction(1, int(degree)))
+        if symbol in ("(", "{"):
             value = self.sum()
-            self.take(")" if text == "(" else "}")
+            self.take(")" if symbol == "(" else "}")
             return value
         raise Unreadable
 
     def argument(self) -> dict:
         """What a command takes: braces, or the next atom; of a number without braces, its next digit, as in \\frac34."""
-        text, exponent, spaced = self.tokens[-1] if self.tokens else ("", None, False)
-        if exponent == "0" and text.isdecimal() and len(text) > 1:
-            self.tokens[-1] = (text[1:], "0", False)
-            return {ONE: Fraction(int(text[0]))}
-        return self.power() if text == "(" else self.atom()
-
-    def mixed(self, text: str, whole: dict) -> dict:
-        """1 3/4 and 1\\frac{3}{4}: a whole number followed by a fraction of whole numbers is their sum."""
-        if not text.isdecimal():
-            return whole
-        if self.next() == "\\frac":
-            part = self.atom()
-        elif self.tokens and self.next().isdecimal() and self.tokens[-1][2] and self.next(1) == "/" and self.next(2).isdecimal():
-            top, _, bottom = (self.take()[0] for _ in range(3))
-            part = multiply(number(top, "0"), inverse(number(bottom, "0")))
-        else:
-            return whole
-        if set(part) - {ONE} or not 0 < part.get(ONE, 0):
-            raise Unreadable
-        return add(whole, part)
+        digits, exponent = self.tokens[-1] if self.tokens else ("", "")
+        if exponent == "0" and digits.isdecimal() and len(digits) > 1:
+            self.tokens[-1] = digits[1:], "0"
+            return number(digits[0], "0")
+        return self.atom()
 
 
-def number(text: str, exponent: str) -> dict:
+def number(digits: str, exponent: str) -> dict:
     if len(exponent) > 4 or abs(int(exponent)) * 4 > MAX_BITS:
         raise Unreadable
-    value = Fraction(int(text)) if text.isdecimal() else Fraction(text.removesuffix("."))
-    if exponent != "0":
-        value *= Fraction(10) ** int(exponent)
-    return {ONE: value} if value else {}
+    return bounded({ONE: Fraction(digits.removesuffix(".")) * Fraction(10) ** int(exponent)})
 
 
 def bounded(value: dict) -> dict:
@@ -366,8 +323,8 @@ def multiply(a: dict, b: dict) -> dict:
 def inverse(a: dict) -> dict:
     if len(a) == 2:  # 1 / (x + y) = (x - y) / (x^2 - y^2)
         (x, first), (y, second) = a.items()
-        square = multiply(a, {x: first, y: -second})
-        return multiply({x: first, y: -second}, raise_to(square, Fraction(-1)))
+        conjugate = {x: first, y: -second}
+        return multiply(conjugate, raise_to(multiply(a, conjugate), Fraction(-1)))
     return raise_to(a, Fraction(-1))
 
 
@@ -381,33 +338,22 @@ def raise_to(base: dict, exponent: Fraction) -> dict:
         return bounded({(r if n % 2 else 1, p * n): x**n * Fraction(r) ** (n // 2)})
     if not 1 <= n <= 8:  # 0 to the power 0, 1 / 0, and sums whose powers would be long
         raise Unreadable
-    value = base
-    for _ in range(n - 1):
-        value = multiply(value, base)
-    return value
+    return base if n == 1 else multiply(base, raise_to(base, exponent - 1))
 
 
 def root(base: dict, degree: int) -> dict:
-    """The root of a rational: a rational, or of moderate numbers a square root with its square factors taken out."""
-    if not base:
-        return base
+    """The root of a moderate rational: a rational, or a square root with its square factors taken out."""
     x = base.get(ONE, Fraction(0))
-    if len(base) > 1 or x <= 0 or degree > 6:
-        raise Unreadable
-    top, bottom = whole_root(x.numerator, degree), whole_root(x.denominator, degree)
-    if top and bottom:
-        return {ONE: Fraction(top, bottom)}
     rest = x.numerator * x.denominator  # sqrt(a / b) = sqrt(a * b) / b
+    if len(base) > 1 or base and rest <= 0 or rest > 10**15 or degree > 6:
+        raise Unreadable
+    whole = Fraction(round(x.numerator ** (1 / degree)), round(x.denominator ** (1 / degree)))
+    if whole**degree == x:
+        return {ONE: whole} if base else base
     if degree != 2 or rest > 10**8:
         raise Unreadable
     outside = next(d for d in range(math.isqrt(rest), 0, -1) if rest % d**2 == 0)
     return {(rest // outside**2, 0): Fraction(outside, x.denominator)}
-
-
-def whole_root(n: int, degree: int) -> int | None:
-    """The root of a positive n if it is whole; above the square root, only of moderate n."""
-    guess = math.isqrt(n) if degree == 2 else round(min(n, 10**15) ** (1 / degree))
-    return guess if guess**degree == n else None
 
 
 # ----------------------------------------------------------------------------------------------------------- Comparison
