@@ -31,22 +31,25 @@ Glossary, with P prompts, G responses to each, B = P * G rows in prompt-major or
 Deliberate: no critic; no scoring pass of its own, since the sampler yields l and the update's first pass log pi_old.
 """
 
+import contextlib
+import functools
 import importlib
 import itertools
 import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 import traceback
-import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn.functional import pad
@@ -451,9 +454,19 @@ def load_reward(spec: str):
     module, _, name = spec.partition(":")
     sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--reward {spec}: {error}; give module:function, importable from this folder") from error
+        reward = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the user's module runs when it is imported, and may raise anything
+        raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from this folder") from error
+    if not callable(reward):
+        raise UserError(f"--reward {spec}: not a function")
+    return reward
+
+
+@functools.cache
+def show_failure(reward) -> None:
+    """Shows the exception in hand, once for each reward function."""
+    tqdm.write("a call of the reward function failed; such calls score 0 and are counted in reward/errors. The first:\n"
+               + traceback.format_exc(), file=sys.stderr)
 
 
 def score_responses(reward, responses: list[str], references: list[str]) -> tuple[Tensor, int]:
@@ -463,7 +476,7 @@ def score_responses(reward, responses: list[str], references: list[str]) -> tupl
         try:
             return float(reward(response, reference))
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
-            warnings.warn(f"the reward function failed, which scores 0\n{traceback.format_exc()}")  # shown once
+            show_failure(reward)
             return math.nan
 
     rewards = torch.tensor([call(*pair) for pair in zip(responses, references, strict=True)])
@@ -485,8 +498,8 @@ def load_model(path: str, device: torch.device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # a damaged file raises whatever its reader does
+        raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}") from error
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
@@ -622,25 +635,27 @@ def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], rew
 
 def check(config: Config) -> None:
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
-    limit = 0.5 if config.shaping == "reward" else 1.0
-    for name in ("steps", "prompts_per_step", "max_new_tokens", "inner_epochs", "micro_batch", "eval_every", "eval_rows",
-                 "save_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    for wrong, message in [
-        (config.group_size < 2, f"--group-size {config.group_size}: a group needs at least 2 responses to compare"),
-        (not (0 <= config.alpha < limit and 0 <= config.alpha_end < limit),
-         f"--alpha {config.alpha}, --alpha-end {config.alpha_end}: form {config.shaping} needs 0 <= alpha < {limit}, "
-         "or preference could overrule the verifier"),
-        (config.beta <= 0, f"--beta {config.beta}: must be above 0"),
-        (config.temperature <= 0, f"--temperature {config.temperature}: must be above 0"),
-        (not 0 <= config.reward_noise <= 1, f"--reward-noise {config.reward_noise}: is a probability, from 0 to 1"),
-        (config.model and not config.train_data, "--model needs --train-data"),
-        (not config.model and (config.train_data or config.eval_data), "--train-data and --eval-data need --model"),
-        (config.device.startswith("cuda") and not torch.cuda.is_available(), f"--device {config.device}: no usable GPU"),
+    for names, wanted, holds in [
+        ("steps prompts_per_step max_new_tokens max_prompt_tokens inner_epochs micro_batch save_every eval_every "
+         "eval_rows", "at least 1", lambda x: x >= 1),
+        ("group_size", "at least 2: responses are compared", lambda x: x >= 2),
+        ("lr temperature beta max_grad_norm", "above 0", lambda x: 0 < x < math.inf),
+        ("weight_decay clip_high kl_coef eval_samples warmup_steps task_warmup_steps", "at least 0", lambda x: x >= 0),
+        ("reward_noise clip_low task_teacher_error", "from 0 to 1", lambda x: 0 <= x <= 1),
+        ("seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+        ("alpha alpha_end", "at least 0 and below 1/2 in form reward, below 1 in form gated, or preference could overrule "
+         "the verifier", lambda x: 0 <= x < (0.5 if config.shaping == "reward" else 1)),
     ]:
-        if wrong:
-            raise UserError(message)
+        for name in names.split():
+            if not holds(getattr(config, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {wanted}")
+    if config.model and not config.train_data:
+        raise UserError("--model needs --train-data")
+    if not config.model and (config.train_data or config.eval_data):
+        raise UserError("--train-data and --eval-data need --model")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if config.device not in (devices := ["auto", "cpu", *gpus, *(gpus and ["cuda"])]):
+        raise UserError(f"--device {config.device}: there is no such device here, but {', '.join(devices)}")
     out = Path(config.output_dir)
     if config.resume:
         if not (out / "checkpoint" / "state.pt").exists():
@@ -661,9 +676,48 @@ def batch_indices(examples: int, step: int, count: int, seed: int) -> list[int]:
     return [int(orders[epoch][i]) for epoch, i in places]
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Makes a UserError of what a full disk or a folder without permission raises."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, torch.save makes a RuntimeError
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UserError(f"{path} cannot be written: {reason}; make room, or choose another --output-dir") from error
+
+
 def append(path: Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def replace_file(path: Path, write) -> None:
+    """Calls write(another path), then renames: the file at path is whole at every moment, the old one or the new."""
+    with writing(path):
+        write(path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def until_interrupted(steps):
+    """Passes steps on. Ctrl-C or SIGTERM lets the one in hand finish and ends them; a second time it does not wait."""
+    interrupts = []
+
+    def note(number, frame):
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(number)
+        tqdm.write("\nicpo.py: finishing the step in hand; again to stop at once", file=sys.stderr)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in steps:
+            yield step
+            if interrupts:
+                return
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def train(config: Config) -> dict[str, float]:
@@ -698,25 +752,29 @@ def train(config: Config) -> dict[str, float]:
     def measure() -> tuple[dict[str, float], list[str]]:
         return evaluate(policy, tokenizer, eos_ids, held_out, reward, config) if held_out else ({}, [])
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    def save() -> None:
+        state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "skipped": skipped,
+                 "evaluations": (before, after)}
+        replace_file(out / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
+
+    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"))
     if config.resume:
         state = torch.load(out / "checkpoint" / "state.pt", map_location=device, weights_only=True)
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-        finished, skipped, before, after = state["step"], state["skipped"], *state["evaluations"]
-        for path in (out / "metrics.jsonl", out / "samples.jsonl"):  # later rows will be written again
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            path.unlink()
-            append(path, [row for row in rows if row["step"] <= finished])
+        step, skipped, before, after = state["step"], state["skipped"], *state["evaluations"]
+        for path, count in ((out / "metrics.jsonl", step + 1), (out / "samples.jsonl", step * config.group_size)):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            replace_file(path, lambda path: path.write_bytes(b"".join(lines[:count])))  # later ones will be written again
     else:
-        finished, skipped, before = 0, 0, measure()
+        step, skipped, before = 0, 0, measure()
         after = before
         append(out / "metrics.jsonl", [{"step": 0} | before[0]])
+        save()
 
-    P, G = config.prompts_per_step, config.group_size
-    bar = tqdm(range(finished + 1, config.steps + 1), desc="training", initial=finished, total=config.steps)
-    for step in bar:  # the numbers below are those of the algorithm at the top
+    P, G, truncation_told = config.prompts_per_step, config.group_size, False
+    bar = tqdm(range(step + 1, config.steps + 1), desc="training", initial=step, total=config.steps)
+    for step in until_interrupted(bar):  # the numbers below are those of the algorithm at the top
         set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         optimizer.param_groups[0]["lr"] = lr = config.lr * min(1, step / max(1, config.warmup_steps))
         alpha = config.alpha + (config.alpha_end - config.alpha) * (step - 1) / max(1, config.steps - 1)
@@ -754,18 +812,22 @@ def train(config: Config) -> dict[str, float]:
         bar.set_postfix({"reward": f"{row['reward/verified']:.2f}", "entropy": f"{row['entropy']:.2f}"} |
                         {name.removeprefix("eval/"): f"{value:.2f}" for name, value in after[0].items()})
 
+        if row["length/truncated_frac"] > 0.5 and not truncation_told:
+            truncation_told = True
+            bar.write(f"step {step}: {row['length/truncated_frac']:.0%} of the responses were cut at --max-new-tokens "
+                      f"{config.max_new_tokens}, and are verified as they stand; raise it if answers get lost", file=sys.stderr)
         skipped = skipped + 1 if metrics["update/skipped"] else 0
         if skipped == 10:
             raise UserError(f"ten steps in a row had a non-finite loss or gradient: lower --lr ({out}/checkpoint holds)")
-        if step % config.save_every == 0 or step == config.steps:
-            state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "skipped": skipped,
-                     "evaluations": (before, after)}
-            (out / "checkpoint").mkdir(exist_ok=True)
-            torch.save(state, out / "checkpoint" / "state.tmp")
-            os.replace(out / "checkpoint" / "state.tmp", out / "checkpoint" / "state.pt")  # whole at every moment
+        if step % config.save_every == 0:
+            save()
+    save()
+    if step < config.steps:
+        raise KeyboardInterrupt
 
-    policy.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+    with writing(out / "model"):
+        policy.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
     report(held_out, reward, before, after)
     print(f"model: {out / 'model'}\nlog: {out / 'metrics.jsonl'}, {out / 'samples.jsonl'}")
     return after[0]
@@ -841,12 +903,14 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"icpo.py: error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
         print("icpo.py: error: out of memory: lower --micro-batch, --prompts-per-step or --max-new-tokens, or add "
               "--gradient-checkpointing", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nicpo.py: stopped; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\nicpo.py: stopped; with --resume the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -9,8 +9,12 @@ import inspect
 import itertools
 import json
 import math
+import os
 import random
 import re
+import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -788,13 +792,15 @@ def test_every_example_once_an_epoch():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
 
 
-def test_failing_rewards_score_zero_and_are_counted():
+def test_failing_rewards_score_zero_are_counted_and_shown_once(capfd):
     def reward(response, reference):
         return {"a": 1.0, "b": math.nan, "c": "no number"}[response]
 
-    with pytest.warns(UserWarning, match="no number"):
+    for _ in range(2):
         rewards, failed = icpo.score_responses(reward, ["a", "b", "c", "d", "a"], ["r"] * 5)
-    assert rewards.tolist() == [1, 0, 0, 0, 1] and failed == 3
+        assert rewards.tolist() == [1, 0, 0, 0, 1] and failed == 3
+    shown = capfd.readouterr().err
+    assert shown.count("Traceback") == 1 and "no number" in shown
 
 
 def test_alpha_falls_and_noise_flips(tiny, tmp_path):
@@ -807,27 +813,29 @@ def test_alpha_falls_and_noise_flips(tiny, tmp_path):
 
 
 BAD = [
-    (["--group-size", 1], "at least 2 responses"), (["--alpha", 0.5, "--shaping", "reward"], "alpha < 0.5"),
-    (["--alpha", 1], "alpha < 1.0"), (["--alpha", -0.1], "0 <= alpha"), (["--alpha-end", 2], "--alpha-end 2.0"),
-    (["--steps", 0], "--steps 0"), (["--beta", 0], "--beta"), (["--reward-noise", 2], "probability"), (["--resume"], "no checkpoint in"),
-    (["--temperature", 0], "--temperature"), (["--reward", "nowhere:f"], "No module named 'nowhere'"), (["--reward", "verify:nothing"], "nothing"),
-    (["--model", "no/such/dir"], "no/such/dir"), (["--train-data", "absent.jsonl"], "absent.jsonl: No such file"),
+    (["--group-size", 1], "--group-size 1: must be at least 2"), (["--alpha", 0.5, "--shaping", "reward"], "below 1/2 in form reward"),
+    (["--alpha", 1], "below 1 in form gated"), (["--alpha", -0.1], "at least 0"), (["--alpha-end", 2], "--alpha-end 2.0"),
+    (["--steps", 0], "--steps 0"), (["--beta", 0], "--beta"), (["--lr", "nan"], "--lr nan: must be above 0"), (["--kl-coef", -1], "--kl-coef"),
+    (["--reward-noise", 2], "from 0 to 1"), (["--temperature", 0], "--temperature"), (["--seed", -1], "--seed -1"), (["--resume"], "no checkpoint in"),
+    (["--reward", "nowhere:f"], "No module named 'nowhere'"), (["--reward", "verify:nothing"], "nothing"), (["--reward", "bad:f"], "SyntaxError"),
+    (["--reward", "verify:MAX_BITS"], "not a function"), (["--device", "cuda:99"], "no such device"), (["--device", "gpu"], "no such device"),
+    (["--model", "no/such/dir"], "no/such/dir"), (["--train-data", "absent.jsonl"], "absent.jsonl: No such file"), (["--train-data", "."], "Is a directory"),
     (["--train-data", "broken.jsonl"], "broken.jsonl, line 3: not JSON"), (["--train-data", "keys.jsonl"], "line 2: no 'answer' among the keys ['prompt', 'reply']"),
     (["--train-data", "list.jsonl"], "line 1: no 'prompt'"), (["--train-data", "number.jsonl"], "'prompt' is not a string"),
-    (["--train-data", "empty.jsonl"], "no usable row"), (["--train-data", "."], "Is a directory"), (["--max-prompt-tokens", 1], "no usable row"),
-    (["--max-new-tokens", 500], "context"), (["--output-dir", "."], "not empty"), (["--device", "cuda:99"], "no usable GPU"),
+    (["--train-data", "empty.jsonl"], "no usable row"), (["--train-data", "latin.jsonl"], "utf-8"), (["--max-prompt-tokens", 1], "no usable row"),
+    (["--output-dir", "good.jsonl/run"], "cannot be written: Not a directory"), (["--max-new-tokens", 500], "context"), (["--output-dir", "."], "not empty"),
 ]
 
 
 @pytest.mark.parametrize("flags, message", BAD, ids=[" ".join(map(str, flags)) for flags, _ in BAD])
 def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch, capfd, flags, message):
-    if "cuda:99" in flags and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     monkeypatch.chdir(tmp_path)
     good = {"prompt": "1+1=", "answer": "2"}
     for name, text in {"good": json.dumps(good), "broken": f"{json.dumps(good)}\n\n{{oops\n", "empty": "\n",
                        "keys": f'{json.dumps(good)}\r\n{{"prompt": "1", "reply": "1"}}', "list": "[1]", "number": '{"prompt": 1, "answer": 1}'}.items():
         (tmp_path / f"{name}.jsonl").write_text("\ufeff" * (name == "good") + text, encoding="utf-8")
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(good).encode() + b"\n\xe9")
+    (tmp_path / "bad.py").write_text("def f(")
     before = sorted(tmp_path.rglob("*"))
     assert run("--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, *flags) == 2
     error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
@@ -872,6 +880,113 @@ def test_help_names_every_flag_and_unknown_ones_are_refused(capsys):
     ("#### 4\n<answer>5", None), ("\\boxed{3} <answer></answer>", None), ("the answer is 4 \\boxed{", None)])
 def test_extraction(response, answer):
     assert extract_answer(response) == answer
+
+# --------------------------------------------------------------------------------------------------------------- Faults
+
+
+def short_run(task, out, *flags):
+    return list(map(str, own(task, out, "--prompts-per-step", 4, "--group-size", 4, "--eval-rows", 4, "--steps", 12, "--save-every", 1, *flags)))
+
+
+def start(task, out, *flags):
+    return subprocess.Popen([sys.executable, icpo.__file__, *short_run(task, out, *flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def result_of(out):
+    """The checkpoint, and the logs without their times."""
+    state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    logs = [[{name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per_s"))} for row in rows_of(out / log)]
+            for log in ("metrics.jsonl", "samples.jsonl")]
+    return state["step"], [x.tolist() for x in state["policy"].values()], logs
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_runs_save_and_go_on(task, tmp_path, number):
+    process = start(task, tmp_path / "run", "--save-every", 100)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(rows_of(log)) > 2):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in shown and "Traceback" not in shown, shown
+    step = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"]
+    assert 2 <= step == len(rows_of(log)) - 1 < 12  # the step in hand was finished, and kept
+    assert run(*short_run(task, tmp_path / "run", "--resume")) == 0
+    assert run(*short_run(task, tmp_path / "whole")) == 0
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes a minute; SLOW=1 python -m pytest runs it")
+def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(task, tmp_path):
+    assert run(*short_run(task, tmp_path / "whole")) == 0
+    kills, random_ = 0, random.Random(0)
+    while kills < 20:
+        resume = ["--resume"] if (tmp_path / "run" / "checkpoint" / "state.pt").exists() else []
+        if not resume:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        process, before = start(task, tmp_path / "run", *resume), (tmp_path / "run" / "metrics.jsonl").exists()
+        log = tmp_path / "run" / "metrics.jsonl"
+        rewritten = log.stat().st_mtime_ns if before else 0
+        while process.poll() is None and not (log.exists() and log.stat().st_mtime_ns > rewritten):
+            time.sleep(0.005)  # until it trains
+        time.sleep(random_.random() * 0.3)
+        process.kill()
+        process.communicate()
+        kills += 1
+        if (tmp_path / "run" / "checkpoint" / "state.pt").exists():
+            torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+        if process.returncode == 0:  # it had come to its end: begin another
+            assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+            shutil.rmtree(tmp_path / "run")
+    if (tmp_path / "run").exists():
+        assert run(*short_run(task, tmp_path / "run", "--resume")) == 0
+        assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(task, tmp_path, capfd):
+    flags = ["--resume", "--steps", 4, "--eval-every", 2]
+    assert run(*short_run(task, tmp_path / "run", "--steps", 2, "--eval-every", 2)) == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert run(*short_run(task, tmp_path / "run", *flags)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
+    assert "cannot be written" in error and "make room" in error and "\n" not in error
+    assert run(*short_run(task, tmp_path / "run", *flags)) == 0
+    assert run(*short_run(task, tmp_path / "whole", *flags[1:])) == 0
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_a_reward_that_raises_at_every_third_call(task, tmp_path, monkeypatch, capfd):
+    (tmp_path / "thirds.py").write_text("n = 0\ndef reward(response, reference):\n    global n\n    n += 1\n    return 1 / (n % 3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert run(*short_run(task, "run", "--reward", "thirds:reward", "--steps", 3, "--eval-every", 100)) == 0
+    assert sum(row["reward/errors"] for row in rows_of(tmp_path / "run" / "metrics.jsonl")[1:]) == 3 * 16 // 3
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 1
+
+
+def test_truncation_is_told_once(task, tmp_path, capfd):
+    assert run(*short_run(task, tmp_path / "run", "--max-new-tokens", 5, "--steps", 3)) == 0
+    assert capfd.readouterr().err.count("were cut at --max-new-tokens 5") == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model_is_one_line(task, tmp_path, capfd, name):
+    shutil.copytree(task / "model", tmp_path / "model")
+    content = (tmp_path / "model" / name).read_bytes()
+    (tmp_path / "model" / name).write_bytes(content[:len(content) // 2])
+    assert run("--model", tmp_path / "model", "--train-data", task / "train.jsonl", "--output-dir", tmp_path / "run") == 2
+    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
+    assert "--model" in error and "\n" not in error and not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(icpo, "update", lambda *args: torch.empty(2**50))
+    assert run(*short_run(task, tmp_path / "run")) == 2
+    assert "lower --micro-batch" in capfd.readouterr().err
 
 
 def test_strict_extraction_stops_before_phrase_and_number():
