@@ -107,7 +107,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down to this norm")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     # The method
-    alpha: float = HfArg(default=0.5, help="weight of the preference advantage; 0 is GRPO")
+    alpha: float = HfArg(default=0.9, help="weight of the preference advantage; 0 is GRPO")
     alpha_end: float | None = HfArg(default=None, help="alpha moves linearly to this over the run, by default it stays")
     beta: float = HfArg(default=10.0, help="sharpness of the comparison, per nat of mean token log-prob")
     shaping: Literal["reward", "gated"] = HfArg(default="gated", help="how preference joins the reward: icpo_advantage")
@@ -121,7 +121,7 @@ class Config:
     eval_rows: int = HfArg(default=256, help="rows of the evaluation data that are used")
     eval_samples: int = HfArg(default=8, help="samples k of each row for mean@k and pass@k; 0: greedy only")
     task_teacher_error: float = HfArg(default=0.9, help="share of demonstrations in which the teacher forgets to carry")
-    task_warmup_steps: int = HfArg(default=900, help="steps of imitating the teacher before RL")
+    task_warmup_steps: int = HfArg(default=1200, help="steps of imitating the teacher before RL")
 
     def __post_init__(self):
         names = ("output_dir", "steps", "max_new_tokens", "micro_batch", "lr")
@@ -392,16 +392,21 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
                    keep_uniform_groups: bool = False) -> Tensor:
     """The preference advantage joined with the verifiable reward [P], in one of two forms; alpha 0 is GRPO, to the bit.
 
-        reward:  A = group_advantage(R + alpha * s)                at the reward, as the authors do [P]; the sum [O]
-        gated:   A = A_GRPO + alpha * |A_GRPO| * s                 verifier gives direction, confidence strength [O]
+        reward:  A = group_advantage(R + alpha * s)                 at the reward, as the authors do [P]; the sum [O]
+        gated:   A = A_GRPO + alpha * trust * |A_GRPO| * s          verifier gives direction, confidence strength [O]
+                 trust = clip(2 * agreement, 0, 1),  agreement = sum(A_GRPO * s) / sum(|A_GRPO * s|)             [O]
 
+    The sums run over all responses given, those of a step: agreement is 1 if every less probable response did better than
+    its group, -1 if every more probable one did, and preference that the verifier contradicts counts for nothing.
     For rewards of 0 and 1: in form `reward` a right response outranks every wrong one if alpha < 1/2; in form `gated` no
     sign ever flips if alpha < 1. A group of equal rewards gets 0; in form `reward` with keep_uniform_groups, alpha * s.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError for another form.
     """
     preference, advantages = preference_advantage(seq_log_probs, beta), group_advantage(rewards)
     if shaping == "gated":
-        return advantages + alpha * advantages.abs() * preference
+        push = advantages.abs() * preference
+        agreement = (advantages * preference).sum() / push.abs().sum().clamp(min=1e-9)
+        return advantages + alpha * (2 * agreement).clamp(0, 1) * push
     if shaping != "reward":
         raise ValueError(f"shaping is 'reward' or 'gated', not {shaping!r}")
     uniform = (advantages == 0).all(dim=-1, keepdim=True)
@@ -596,12 +601,14 @@ def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confide
         return x.float().mean().item() if x.numel() else None
 
     right = verified > 0.5
+    agreement = group_advantage(rewards) * preference_advantage(confidence, beta)  # see icpo_advantage
     surest_is_right = right.gather(1, confidence.argmax(dim=1, keepdim=True)).squeeze(1)
     return {
         "reward/mean": mean(rewards), "reward/verified": mean(verified), "reward/std": mean(rewards.std(dim=1)),
         "groups/uniform_frac": mean((group_advantage(rewards) == 0).all(dim=1)),
         "advantage/abs_mean": mean(advantages.abs()),
         "preference/abs_mean": mean(preference_advantage(confidence, beta).abs()),
+        "preference/agreement": (agreement.sum() / agreement.abs().sum().clamp(min=1e-9)).item(),
         "confidence/correct": mean(confidence[right]), "confidence/wrong": mean(confidence[~right]),
         "confidence/overconfident_frac": mean(right.any(dim=1) & ~surest_is_right),
         "entropy": mean(rollout.entropies[rollout.mask]),
@@ -874,7 +881,7 @@ def write_task(folder: Path, config: Config, device: torch.device) -> None:
         vocab_size=257, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=eos, pad_token_id=eos,
         bos_token_id=None)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in tqdm(range(config.task_warmup_steps), desc="imitating the teacher"):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 2 * (1 - step / config.task_warmup_steps))
         rows, labels = [], []

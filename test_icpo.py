@@ -164,14 +164,17 @@ def test_icpo_advantage_equals_loop(shaping):
     generator = torch.Generator().manual_seed(2)
     rewards = torch.randint(0, 2, (30, 5), generator=generator).float()
     l, alpha, beta = -torch.rand(30, 5, generator=generator), 0.3, 7.0
-    expected = []
-    for group, confidence in zip(rewards.tolist(), l.tolist()):
-        s, plain = loop_preference(confidence, beta), loop_advantage(group)
+    l -= rewards * 0.1  # right answers less probable on the whole, so that the agreement is between 0 and 1/2
+    scores, plain = [loop_preference(row, beta) for row in l.tolist()], [loop_advantage(row) for row in rewards.tolist()]
+    terms = [a * x for advantages, s in zip(plain, scores) for a, x in zip(advantages, s)]
+    agreement, expected = sum(terms) / sum(map(abs, terms)), []
+    assert 0 < agreement < 0.5
+    for group, s, advantages in zip(rewards.tolist(), scores, plain):
         if shaping == "reward":
             mixed = loop_advantage([r + alpha * x for r, x in zip(group, s)])
             expected.append(mixed if len(set(group)) > 1 else [0.0] * 5)
         else:
-            expected.append([a + alpha * abs(a) * x for a, x in zip(plain, s)])
+            expected.append([a + alpha * 2 * agreement * abs(a) * x for a, x in zip(advantages, s)])
     actual = icpo_advantage(rewards, l, alpha, beta, shaping)
     torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=0)
     groups = torch.randperm(30)
@@ -201,11 +204,23 @@ def test_verifier_is_never_overruled():
         assert torch.equal(icpo_advantage(rewards, l, 0.999, 1e4, "gated").sign(), group_advantage(rewards).sign())
 
 
+def test_trust_by_hand():
+    """Pairs of a right and a wrong response, so A = +-1/sqrt(2), with s = +-1/2 and +-3/10 from gaps of ln 3 and ln(13/7)."""
+    rewards, a = torch.tensor([[1.0, 0.0]]), math.sqrt(0.5)
+    unlikely_right, likely_right = torch.tensor([[-math.log(3), 0.0]]), torch.tensor([[0.0, -math.log(13 / 7)]])
+    full = icpo_advantage(rewards, unlikely_right, 0.8, 1.0, "gated")  # agreement 1: A grows by 0.8 * 1/2
+    torch.testing.assert_close(full, torch.tensor([[1.4 * a, -1.4 * a]]))
+    assert torch.equal(icpo_advantage(rewards, likely_right, 0.8, 1.0, "gated"), group_advantage(rewards))  # agreement -1
+    both = icpo_advantage(rewards.expand(2, 2), torch.cat([unlikely_right, likely_right]), 0.8, 1.0, "gated")
+    # agreement (1/2 - 3/10) / (1/2 + 3/10) = 1/4, so trust 1/2 in both groups
+    torch.testing.assert_close(both, torch.tensor([[1.2 * a, -1.2 * a], [0.88 * a, -0.88 * a]]))
+
+
 def test_direction_confident_errors_and_undervalued_successes():
     rewards = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    l = torch.tensor([[-0.1, -0.6, -0.1, -0.6]])
+    l = torch.tensor([[-0.2, -0.6, -0.1, -0.5]])
     for shaping in ("reward", "gated"):
-        sure_right, unsure_right, sure_wrong, unsure_wrong = icpo_advantage(rewards, l, Config().alpha - 0.01, 10.0, shaping)[0]
+        sure_right, unsure_right, sure_wrong, unsure_wrong = icpo_advantage(rewards, l, 0.49, 10.0, shaping)[0]
         assert unsure_right > sure_right > 0 > unsure_wrong > sure_wrong
 
 
@@ -668,6 +683,8 @@ def test_rollout_metrics_equal_loops():
         assert metrics[f"confidence/{name}"] == pytest.approx(statistics.mean(c for group in groups for v, c in group if v == value))
     overconfident = [max(group, key=lambda pair: pair[1])[0] == 0 and any(v for v, _ in group) for group in groups]
     assert metrics["confidence/overconfident_frac"] == pytest.approx(statistics.mean(overconfident))
+    terms = [a * x for row, c in zip(noisy.tolist(), l.tolist()) for a, x in zip(loop_advantage(row), loop_preference(c, 10.0))]
+    assert metrics["preference/agreement"] == pytest.approx(sum(terms) / sum(map(abs, terms)), abs=1e-5)
     assert metrics["groups/uniform_frac"] == pytest.approx(statistics.mean(len(set(row)) == 1 for row in noisy.tolist()))
     every = [rollout.entropies[b, t].item() for b, n in enumerate(rollout.lengths.tolist()) for t in range(n)]
     assert metrics["entropy"] == pytest.approx(statistics.mean(every))
@@ -762,7 +779,7 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     assert [row["step"] for row in metrics] == [0, 1, 2] and len(samples) == 2 * 4
     assert set(metrics[2]) == {
         "step", "reward/mean", "reward/verified", "reward/std", "reward/errors", "groups/uniform_frac", "advantage/abs_mean",
-        "preference/abs_mean", "confidence/correct", "confidence/wrong", "confidence/overconfident_frac", "entropy", "length/mean",
+        "preference/abs_mean", "preference/agreement", "confidence/correct", "confidence/wrong", "confidence/overconfident_frac", "entropy", "length/mean",
         "length/truncated_frac", "ratio/clip_frac", "kl/old", "kl/ref", "loss", "grad_norm", "update/skipped", "lr", "alpha",
         "time/sample", "time/score", "time/update", "tokens_per_s", "eval/accuracy", "eval/mean_at_k", "eval/pass_at_k"}
     assert metrics[2]["reward/errors"] == 0 and metrics[2]["lr"] == pytest.approx(1e-6 * 2 / 5)
@@ -858,28 +875,6 @@ def test_help_names_every_flag_and_unknown_ones_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         run("--alhpa", 1)
     assert stop.value.code == 2 and capsys.readouterr().err.strip().endswith("unrecognized arguments: --alhpa 1")
-
-
-# ----------------------------------------------------------------------------------------------------------- Verifier
-
-
-@pytest.mark.parametrize("response, answer", [
-    ("so \\boxed{42}", "42"), ("\\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{2}", "2"),
-    ("\\fbox{3}", "3"), ("\\boxed {4}", "4"), ("\\boxed{\\boxed{5}}", "5"), ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-    ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."), ("<answer> 7 </answer>", "7"),
-    ("<answer>\\boxed{8}</answer>", "8"), ("<answer>\n#### 9</answer>", "9"), ("\\boxed{1} <answer>2</answer>", "2"),
-    ("\\boxed{1}\n#### 5", "5"), ("#### 5\n\\boxed{1}", "1"), ("work\n#### -1,200 \nbye", "-1,200"),
-    ("#### $18", "$18"), ("#### 18 dollars", "18 dollars"), ("#### Summary\n#### 12", "12"), ("#### 12\n#### Summary", "12"),
-    ("#### 12\n#### 3. Check the result", "12"), ("##### 5 apples and 6", "6"),
-    ("\\boxed{9} <think>\\boxed{1}</think> \\boxed{2}", "2"), ("<think>\\boxed{1}</think> no", None),
-    ("</think> a \\boxed{1} </think> \\boxed{2}", "2"), ("The answer is 12. Bye", "12"), ("Answer: x", "x"),
-    ("The final answer is: **3.5**.", "3.5"), ("Answer:\n\n42\nbye", "42"), ("**Answer:** (B)", "(B)"),
-    ("the answer is 1 or 2", "1 or 2"), ("the answer is 7, the answer is 8.", "8"), ("first 3 then 4/5", "4/5"),
-    ("costs -7 in all", "-7"), ("10-7", "7"), ("1,234.5% more", "1,234.5%"), ("it is 3, and 4, ok", "4"), ("x" * 1000 + " 5 " + "y" * 1000, "5"),
-    ("nothing here", None), ("", None), ("\\boxed{1} \\boxed{}", None), ("\\boxed{1} \\boxed{2", None), ("\\boxed 5", None),
-    ("#### 4\n<answer>5", None), ("\\boxed{3} <answer></answer>", None), ("the answer is 4 \\boxed{", None)])
-def test_extraction(response, answer):
-    assert extract_answer(response) == answer
 
 # --------------------------------------------------------------------------------------------------------------- Faults
 
@@ -987,6 +982,28 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(icpo, "update", lambda *args: torch.empty(2**50))
     assert run(*short_run(task, tmp_path / "run")) == 2
     assert "lower --micro-batch" in capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------- Verifier
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("so \\boxed{42}", "42"), ("\\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{2}", "2"),
+    ("\\fbox{3}", "3"), ("\\boxed {4}", "4"), ("\\boxed{\\boxed{5}}", "5"), ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."), ("<answer> 7 </answer>", "7"),
+    ("<answer>\\boxed{8}</answer>", "8"), ("<answer>\n#### 9</answer>", "9"), ("\\boxed{1} <answer>2</answer>", "2"),
+    ("\\boxed{1}\n#### 5", "5"), ("#### 5\n\\boxed{1}", "1"), ("work\n#### -1,200 \nbye", "-1,200"),
+    ("#### $18", "$18"), ("#### 18 dollars", "18 dollars"), ("#### Summary\n#### 12", "12"), ("#### 12\n#### Summary", "12"),
+    ("#### 12\n#### 3. Check the result", "12"), ("##### 5 apples and 6", "6"),
+    ("\\boxed{9} <think>\\boxed{1}</think> \\boxed{2}", "2"), ("<think>\\boxed{1}</think> no", None),
+    ("</think> a \\boxed{1} </think> \\boxed{2}", "2"), ("The answer is 12. Bye", "12"), ("Answer: x", "x"),
+    ("The final answer is: **3.5**.", "3.5"), ("Answer:\n\n42\nbye", "42"), ("**Answer:** (B)", "(B)"),
+    ("the answer is 1 or 2", "1 or 2"), ("the answer is 7, the answer is 8.", "8"), ("first 3 then 4/5", "4/5"),
+    ("costs -7 in all", "-7"), ("10-7", "7"), ("1,234.5% more", "1,234.5%"), ("it is 3, and 4, ok", "4"), ("x" * 1000 + " 5 " + "y" * 1000, "5"),
+    ("nothing here", None), ("", None), ("\\boxed{1} \\boxed{}", None), ("\\boxed{1} \\boxed{2", None), ("\\boxed 5", None),
+    ("#### 4\n<answer>5", None), ("\\boxed{3} <answer></answer>", None), ("the answer is 4 \\boxed{", None)])
+def test_extraction(response, answer):
+    assert extract_answer(response) == answer
 
 
 def test_strict_extraction_stops_before_phrase_and_number():

@@ -1,0 +1,283 @@
+"""When does ICPO help? GRPO against ICPO on the built-in task, over regimes, reward noise and seeds.
+
+    python results/study.py            run what is missing (on a clone: nothing), print the tables, draw curves.png
+    python results/study.py --rerun    from nothing
+    python results/study.py --tune     the search that chose the default, on seeds that the tables do not use
+
+Runs are paired by seed: the same warm start, the same prompts in the same order, the same random numbers for sampling. They
+go two at a time, each on one thread; a finished run is a line of study.jsonl (tuning.jsonl), and is not run again. The
+figure needs matplotlib.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, WARM_STARTS = ROOT / "results", ROOT / "runs" / "study"
+REGIMES = {
+    "overconfident 90 %": dict(task_teacher_error=0.9),  # the carry in one answer of ten, the arithmetic learned
+    "overconfident 98 %": dict(task_teacher_error=0.98),  # in one of a hundred
+    "slipping": dict(task_teacher_error=0.0, task_warmup_steps=400),  # right demonstrations, too few: unsure where it errs
+}
+NOISES = (0.0, 0.2)
+METHODS = {
+    "GRPO": dict(alpha=0.0),
+    "ICPO reward": dict(shaping="reward", alpha=0.4),
+    "ICPO gated": dict(shaping="gated", alpha=0.9),
+}
+SEEDS = range(16)
+TUNING = METHODS | {
+    "reward, alpha falls to 0": dict(shaping="reward", alpha=0.4, alpha_end=0.0),
+    "reward, uniform groups kept": dict(shaping="reward", alpha=0.4, keep_uniform_groups=True),
+    "reward, alpha 0.45 times trust": dict(form="trusted reward", alpha=0.45),
+    "gated, alpha 0.5, no trust": dict(form="untrusted", alpha=0.5),
+    "gated, no trust": dict(form="untrusted", alpha=0.9),
+    "gated, no trust, alpha falls to 0": dict(form="untrusted", alpha=0.9, alpha_end=0.0),
+    "gated, no trust, amplifying only": dict(form="amplifying", alpha=0.9),
+    "gated, trust clip(1 + 2 agreement)": dict(form="lenient", alpha=0.9),
+    "gated, the agreement's own sign": dict(form="signed", alpha=0.9),
+    "opposite sign, alpha 0.5, no trust": dict(form="opposite", alpha=0.5),
+}
+TUNING_SEEDS = range(100, 108)
+FORMS = {  # what is not in icpo.py, of GRPO's advantage A, preference s, agreement c, weight a and rewards R
+    "untrusted": lambda A, s, c, a, R: A + a * A.abs() * s,
+    "amplifying": lambda A, s, c, a, R: A + a * A * (A.sign() * s).clamp(min=0),
+    "lenient": lambda A, s, c, a, R: A + a * (1 + 2 * c).clamp(0, 1) * A.abs() * s,
+    "signed": lambda A, s, c, a, R: A + a * c * A.abs() * s,
+    "opposite": lambda A, s, c, a, R: A - a * A.abs() * s,
+    "trusted reward": lambda A, s, c, a, R: group_advantage(R + a * c.clamp(min=0) * s) * (A != 0).any(dim=1, keepdim=True),
+}
+EVALUATIONS = ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")
+
+sys.path.insert(0, str(ROOT))
+if multiprocessing.parent_process():  # a worker; the tables and the figure do without torch
+    import torch
+    import icpo
+    from icpo import group_advantage, preference_advantage
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Runs
+
+
+def quietly(function, *args):
+    """Calls it with what it prints kept away from the progress bar."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        return function(*args)
+
+
+def task_folder(regime: str, seed: int) -> Path:
+    return WARM_STARTS / f"{regime.replace(' %', '').replace(' ', '-')}-{seed}"
+
+
+def warm_start(job: tuple[str, int]) -> None:
+    regime, seed = job
+    if not task_folder(regime, seed).exists():
+        with tempfile.TemporaryDirectory(dir=WARM_STARTS) as scratch:
+            quietly(icpo.write_task, Path(scratch) / "task", icpo.Config(seed=seed, **REGIMES[regime]), torch.device("cpu"))
+            os.rename(Path(scratch) / "task", task_folder(regime, seed))
+
+
+def other_form(form: str):
+    """What stands in for icpo_advantage."""
+    def advantage(rewards, seq_log_probs, alpha, beta, shaping="", keep_uniform_groups=False):
+        A, s = group_advantage(rewards), preference_advantage(seq_log_probs, beta)
+        agreement = (A * s).sum() / (A * s).abs().sum().clamp(min=1e-9)
+        return FORMS[form](A, s, agreement, alpha, rewards)
+
+    return advantage
+
+
+def run(job: dict) -> dict:
+    """One run: the job with its curves, evaluations and means."""
+    settings, task, own = dict(job["settings"]), task_folder(job["regime"], job["seed"]), icpo.icpo_advantage
+    if form := settings.pop("form", None):
+        icpo.icpo_advantage = other_form(form)
+    with tempfile.TemporaryDirectory() as out:
+        try:
+            quietly(icpo.train, icpo.Config(
+                model=str(task / "model"), train_data=str(task / "train.jsonl"), output_dir=f"{out}/run", seed=job["seed"],
+                eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=128, save_every=1000,
+                steps=60, reward_noise=job["noise"], max_new_tokens=32, micro_batch=32, lr=1e-4, device="cpu", **settings))
+        finally:
+            icpo.icpo_advantage = own
+        rows = [json.loads(line) for line in open(f"{out}/run/metrics.jsonl")]
+
+    def curve(name: str, digits: int) -> list:
+        return [None if row[name] is None else round(row[name], digits) for row in rows[1:]]
+
+    evaluated = [row for row in rows if EVALUATIONS[0] in row]
+    verified, entropy, agreement = curve("reward/verified", 3), curve("entropy", 4), curve("preference/agreement", 2)
+    means = {
+        "area": float(np.mean(verified)), "end": float(np.mean(verified[-10:])), "entropy at the end": float(np.mean(entropy[-10:])),
+        "agreement at first": float(np.mean(agreement[:10])), "agreement at the end": float(np.mean(agreement[-10:])),
+        "overconfident": float(np.mean(curve("confidence/overconfident_frac", 4))),
+        "uniform groups": float(np.mean(curve("groups/uniform_frac", 4))),
+    } | {f"l of {kind} at the end": float(np.mean([x for x in curve(f"confidence/{kind}", 4)[-10:] if x is not None] or [np.nan]))
+         for kind in ("correct", "wrong")}
+    result = job | {"means": {name: None if np.isnan(value) else round(value, 4) for name, value in means.items()}}
+    if job["evaluate"]:
+        result |= {"verified": verified, "entropy": entropy, "agreement": agreement,
+                   "evaluations": {name: [round(row[name], 4) for row in evaluated] for name in EVALUATIONS}}
+    return result
+
+
+def complete(log: Path, methods: dict, seeds: range, evaluate: bool) -> list[dict]:
+    """The rows of a log, after running what it lacks."""
+    jobs = [dict(regime=regime, noise=noise, method=method, seed=seed, settings=settings, evaluate=evaluate)
+            for seed in seeds for noise in NOISES[::-1] for regime in REGIMES for method, settings in methods.items()]
+
+    def key(row: dict) -> str:
+        return json.dumps([row[name] for name in ("regime", "noise", "method", "seed", "settings")])
+
+    rows = {key(row): row for row in map(json.loads, log.open())} if log.exists() else {}
+    missing = [job for job in jobs if key(job) not in rows]
+    if missing:
+        WARM_STARTS.mkdir(parents=True, exist_ok=True)
+        starts = list(dict.fromkeys((job["regime"], job["seed"]) for job in missing))
+        with multiprocessing.get_context("spawn").Pool(2) as pool, log.open("a") as file:
+            for _ in tqdm(pool.imap_unordered(warm_start, starts), total=len(starts), desc="warm starts"):
+                pass
+            for row in tqdm(pool.imap_unordered(run, missing), total=len(missing), desc="runs"):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                rows[key(row)] = row
+    return [rows[key(job)] for job in jobs]
+
+
+# -------------------------------------------------------------------------------------------------------------- Tables
+
+# Student's t of a two-sided 95 % interval, for 1 to 23 degrees of freedom
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069)
+
+
+def interval(values) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
+    values = np.asarray(values, dtype=float)
+    return float(values.mean()), float(T975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def steps_to(curve: list[float], level: float) -> int:
+    """The first step at which the mean of the last five reaches the level, else one more than there are."""
+    means = np.convolve(curve, np.ones(5) / 5, mode="valid")
+    return int(np.argmax(means >= level)) + 5 if (means >= level).any() else len(curve) + 1
+
+
+def measure(row: dict, name: str) -> float:
+    evaluation = {"greedy": "eval/accuracy", "sampled": "eval/mean_at_k", "pass@8": "eval/pass_at_k"}
+    if name in evaluation:
+        return row["evaluations"][evaluation[name]][-1]
+    return steps_to(row["verified"], 0.8) if name == "steps to 0.8" else row["means"][name]
+
+
+def table(rows: list[dict], measures: list[str], paired: list[str]) -> str:
+    """Means by cell and method; for the paired measures also the difference to GRPO of the same seed, with its interval."""
+    columns = ["regime", "reward noise", "method", *measures, *(f"{name}, minus GRPO's" for name in paired)]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for regime in REGIMES:
+        for noise in NOISES:
+            cell = [row for row in rows if (row["regime"], row["noise"]) == (regime, noise)]
+            base = {row["seed"]: row for row in cell if row["method"] == "GRPO"}
+            for method in dict.fromkeys(row["method"] for row in cell):
+                own = [row for row in cell if row["method"] == method]
+                fields = [regime, f"{noise:.0%}", method]
+                fields += ["{:.3g}".format(np.mean([measure(row, name) for row in own])) for name in measures]
+                for name in paired:
+                    mean, half = interval([measure(row, name) - measure(base[row["seed"]], name) for row in own])
+                    bold = "**" if abs(mean) > half else ""
+                    fields.append("" if method == "GRPO" else f"{bold}{mean:+.3f} ± {half:.3f}{bold}")
+                lines.append("| " + " | ".join(fields) + " |")
+    return "\n".join(lines)
+
+
+def overview(rows: list[dict], name: str) -> str:
+    """One measure, paired with GRPO: a line for each method, a column for each cell."""
+    cells = [(regime, noise) for regime in REGIMES for noise in NOISES]
+    lines = [f"| {name}, minus GRPO's | " + " | ".join(f"{regime}, {noise:.0%} noise" for regime, noise in cells) + " |",
+             "|---" * (1 + len(cells)) + "|"]
+    base = {(row["regime"], row["noise"], row["seed"]): measure(row, name) for row in rows if row["method"] == "GRPO"}
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "GRPO"):
+        fields = [method]
+        for regime, noise in cells:
+            mean, half = interval([measure(row, name) - base[regime, noise, row["seed"]] for row in rows
+                                   if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)])
+            bold = "**" if abs(mean) > half else ""
+            fields.append(f"{bold}{mean:+.3f} ± {half:.3f}{bold}")
+        lines.append("| " + " | ".join(fields) + " |")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- Figure
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Accuracy of the sampled responses without and with noise, and the agreement: a column for each regime."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    styles = {"GRPO": ("#444444", "-"), "ICPO reward": ("#E69F00", "--"), "ICPO gated": ("#0072B2", "-")}  # Okabe and Ito's
+    kinds = [("verified", 0.0, "share of samples right,\nclean reward"), ("verified", 0.2, "share of samples right,\n20 % of rewards flipped"),
+             ("agreement", 0.2, "agreement of preference\nand verifier, 20 % flipped")]
+    plt.rcParams.update({"font.size": 10})
+    _, axes = plt.subplots(3, 3, figsize=(8.8, 7.4), sharex=True, sharey="row", layout="constrained")
+    for i, (name, noise, label) in enumerate(kinds):
+        for j, regime in enumerate(REGIMES):
+            ax = axes[i, j]
+            for method, (color, style) in styles.items():
+                curves = np.array([row[name] for row in rows
+                                   if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)], dtype=float)
+                smooth = np.array([np.convolve(curve, np.ones(5) / 5, mode="valid") for curve in curves])
+                mean, half = map(np.array, zip(*(interval(column) for column in smooth.T)))
+                x = np.arange(5, curves.shape[1] + 1)
+                ax.plot(x, mean, style, color=color, label=method, linewidth=1.6)
+                ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.16, linewidth=0)
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+            if name == "agreement":
+                ax.axhline(0, color="black", linewidth=0.8)
+                ax.set_xlabel("training step")
+            if i == 0:
+                ax.set_title(regime, fontsize=11)
+            if j == 0:
+                ax.set_ylabel(label)
+    axes[0, 0].legend(loc="lower right", frameon=False)
+    plt.savefig(path, dpi=150)
+    print(f"figure: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rerun", action="store_true", help="delete the logs first")
+    parser.add_argument("--tune", action="store_true", help="the search for the default instead")
+    args = parser.parse_args()
+    log = RESULTS / ("tuning.jsonl" if args.tune else "study.jsonl")
+    if args.rerun:
+        log.unlink(missing_ok=True)
+    if args.tune:
+        rows = complete(log, TUNING, TUNING_SEEDS, evaluate=False)
+        print(overview(rows, "area") + "\n\n" + overview(rows, "end"))
+        return
+    rows = complete(log, METHODS, SEEDS, evaluate=True)
+    print(overview(rows, "area") + "\n\n" + overview(rows, "sampled") + "\n")
+    print(table(rows, ["area", "greedy", "sampled", "pass@8", "steps to 0.8"], ["greedy", "pass@8"]) + "\n")
+    print(table(rows, ["entropy at the end", "overconfident", "l of correct at the end", "l of wrong at the end", "uniform groups",
+                       "agreement at first", "agreement at the end"], ["entropy at the end", "overconfident"]))
+    if importlib.util.find_spec("matplotlib"):
+        figure(rows, RESULTS / "curves.png")
+    else:
+        print("no figure: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    main()
