@@ -107,7 +107,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="larger gradients are scaled down to this norm")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations: less memory, more time")
     # The method
-    alpha: float = HfArg(default=0.9, help="weight of the preference advantage; 0 is GRPO")
+    alpha: float | None = HfArg(default=None, help="weight of preference; 0 is GRPO (form gated 0.9, form reward 0.4)")
     alpha_end: float | None = HfArg(default=None, help="alpha moves linearly to this over the run, by default it stays")
     beta: float = HfArg(default=10.0, help="sharpness of the comparison, per nat of mean token log-prob")
     shaping: Literal["reward", "gated"] = HfArg(default="gated", help="how preference joins the reward: icpo_advantage")
@@ -131,6 +131,8 @@ class Config:
         for name, value in zip(names, values):
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.alpha is None:
+            self.alpha = 0.9 if self.shaping == "gated" else 0.4
         self.alpha_end = self.alpha if self.alpha_end is None else self.alpha_end
 
 
