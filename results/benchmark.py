@@ -33,10 +33,10 @@ LARGE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_at
              vocab_size=151936)
 HALF_B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
               vocab_size=151936)
-SETTINGS = {  # prompts P, responses to each G, new tokens T, model; "ends": one of 64 tokens ends a response
+SETTINGS = {  # prompts P, responses to each G, new tokens T, model; "ends": one of 32 tokens ends a response
     "short": dict(P=8, G=8, T=16, model=SMALL | dict(vocab_size=257)),
     "long": dict(P=8, G=8, T=64, model=SMALL | dict(vocab_size=257)),
-    "ends": dict(P=8, G=8, T=64, model=SMALL | dict(vocab_size=64), ends=True),
+    "ends": dict(P=8, G=8, T=64, model=SMALL | dict(vocab_size=32), ends=True),
     "vocabulary": dict(P=2, G=8, T=64, model=LARGE),
     "vocabulary, T=128": dict(P=2, G=8, T=128, model=LARGE),
     "gpu": dict(P=32, G=8, T=256, model=HALF_B, micro_batch=32),
@@ -174,7 +174,7 @@ def write_model(folder: Path, setting: dict) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     torch.manual_seed(0)
     words = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
-    eos = 63 if setting.get("ends") else setting["model"]["vocab_size"]
+    eos = 31 if setting.get("ends") else setting["model"]["vocab_size"]
     words |= {f"<{i}>": i for i in range(256, eos)} if eos > 256 else {}
     character = next((word for word, i in words.items() if i == eos), "<|endoftext|>")
     Qwen2Tokenizer(vocab=words | {character: eos}, merges=[], eos_token=character, pad_token="!",
