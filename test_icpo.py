@@ -576,7 +576,7 @@ def settings(**kwargs):
 class Keep(torch.optim.SGD):
     """An optimizer that keeps the gradients of its first step and changes nothing."""
 
-    def step(self):
+    def step(self, closure=None):
         self.gradient = getattr(self, "gradient", torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]))
 
 
@@ -982,6 +982,128 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(icpo, "update", lambda *args: torch.empty(2**50))
     assert run(*short_run(task, tmp_path / "run")) == 2
     assert "lower --micro-batch" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ Examples, where their engine is there
+
+ROOT = Path(icpo.__file__).parent
+
+
+@pytest.mark.parametrize("alpha, shaping, iterations", [(0.0, "gated", 1), (0.9, "gated", 1), (0.4, "reward", 2)])
+def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, shaping, iterations):
+    """One update of 16 rows in two micro-batches. With 2 iterations TRL computes old log-probs, with 1 it does not."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from examples.trl_icpo import ICPOTrainer
+    losses, gradients = [], []
+
+    class Kept(ICPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            self.kept = super()._generate_and_score_completions(inputs)
+            return self.kept
+
+        def _compute_loss(self, model, inputs):
+            losses.append(super()._compute_loss(model, inputs))
+            return losses[-1]
+
+        def create_optimizer(self):
+            self.optimizer = Keep(self.model.parameters(), lr=0.0)
+            return self.optimizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    policy = copy.deepcopy(model)
+    trainer = Kept(model, lambda completion_ids, **kwargs: [float(sum(ids) % 3) for ids in completion_ids], trl.GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=4, max_completion_length=8, max_steps=1,
+        num_iterations=iterations, epsilon_high=0.28, max_grad_norm=0, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True), datasets.Dataset.from_dict({"prompt": [f"{i} + 1{'0' * (i % 3)} is" for i in range(16)]}),
+        processing_class=AutoTokenizer.from_pretrained(tiny, padding_side="left"), icpo=dict(alpha=alpha, beta=10.0, shaping=shaping))
+    trainer.train()
+    kept = trainer.kept
+    assert ("old_per_token_logps" in kept) == (iterations == 2)
+    prompts, responses = ([row[real.bool()] for row, real in zip(kept[f"{part}_ids"], kept[f"{part}_mask"])] for part in ("prompt", "completion"))
+    prompt_lengths, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
+    ids = torch.nn.utils.rnn.pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], batch_first=True)
+    rollout = Rollout(ids, prompt_lengths, lengths, lengths < 0, *torch.zeros(2, 16, int(lengths.max())))
+    rewards = torch.tensor([float(row.sum() % 3) for row in responses]).view(4, 4)
+    with torch.no_grad():
+        l = sequence_log_prob(token_log_probs(policy, rollout)[0], rollout.mask).view(4, 4)
+    advantages = icpo_advantage(rewards, l, alpha, 10.0, shaping)
+    assert (advantages != 0).any()
+    torch.testing.assert_close(kept["advantages"].view(4, 4), advantages, atol=1e-6, rtol=0)
+    if alpha == 0:  # TRL is the oracle, but for the 1e-4 that it adds to the std
+        std = rewards.std(dim=1, keepdim=True)
+        own = torch.tensor(list(trainer._logs["advantages"])).view(4, 4)
+        torch.testing.assert_close(own * (std + 1e-4) / std.clamp(min=1e-9), advantages, atol=1e-6, rtol=0)
+    gradient, metrics = update_gradient(policy, rollout, kept["advantages"], micro_batch=5)
+    assert sum(losses).item() == pytest.approx(metrics["loss"], abs=1e-5)
+    assert (trainer.optimizer.optimizer.gradient - gradient).norm() < 1e-4 * gradient.norm()
+
+
+KEEPING = """
+import torch, trl_icpo
+generate = trl_icpo.ICPOTrainer._generate_and_score_completions
+def keep(self, inputs):
+    output = generate(self, inputs)
+    torch.save(output, f"{self.args.output_dir}/{self._step}-{self.accelerator.process_index}.pt")
+    return output
+trl_icpo.ICPOTrainer._generate_and_score_completions = keep
+trl_icpo.main()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(task, tmp_path, processes):
+    """Three groups of four responses: with two processes of six rows, the second group lies in both."""
+    pytest.importorskip("trl")
+    (tmp_path / "keeping.py").write_text(KEEPING)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
+              "no", "--multi_gpu", "--main_process_port", 0] if processes > 1 else []
+    command = [sys.executable, *launch, tmp_path / "keeping.py", "--model", task / "model", "--data", task / "train.jsonl", "--output_dir", tmp_path,
+               "--per_device_train_batch_size", 12 // processes, "--num_generations", 4, "--max_completion_length", 32, "--max_steps", 2,
+               "--logging_steps", 1, "--learning_rate", 1e-3, "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "examples"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert shown.returncode == 0 and "icpo/preference_abs_mean" in shown.stdout, shown.stderr[-3000:]
+    model, tokenizer, _ = icpo.load_model(str(task / "model"), torch.device("cpu"))
+    rows = []
+    for output in (torch.load(tmp_path / f"0-{rank}.pt") for rank in range(processes)):
+        rows += zip(*(output[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")))
+    rewards, l = [], []
+    for prompt, real, completion, kept, _ in rows:
+        prompt, completion = prompt[real.bool()], completion[kept.bool()]
+        a, b = re.fullmatch(r"(\d+)\+(\d+)=", tokenizer.decode(prompt)).groups()
+        rewards.append(float(verify(tokenizer.decode(completion, skip_special_tokens=True), int(a) + int(b))))
+        tokens = torch.cat([prompt, completion]).tolist()
+        l.append(statistics.mean(prefix_log_prob(model, tokens, t) for t in range(len(prompt), len(tokens))))
+    expected = icpo_advantage(torch.tensor(rewards).view(3, 4), torch.tensor(l).view(3, 4), 0.9, 10.0)
+    assert len(rows) == 12 and (expected != 0).any()
+    torch.testing.assert_close(torch.stack([row[-1] for row in rows]).view(3, 4), expected, atol=1e-4, rtol=0)
+
+
+VERL = """
+import numpy, tensordict, torch
+from verl import DataProto
+from verl.trainer.ppo.v1 import utils
+from icpo import icpo_advantage, sequence_log_prob
+torch.manual_seed(0)
+mask, old = torch.arange(5) < torch.randint(1, 6, (12, 1)), -torch.rand(12, 5)
+rewards = torch.randint(0, 2, (12, 1)) * torch.eye(5)[mask.sum(dim=1) - 1]
+uid = numpy.array(list("abcbcaacbacb"), dtype=object)
+data = DataProto.from_dict({"response_mask": mask.long(), "old_log_probs": old, "token_level_rewards": rewards}, {"uid": uid})
+data = utils.compute_advantage(data, "icpo", config={"icpo": {"alpha": 0.5}})
+rows = torch.tensor([[i for i in range(12) if uid[i] == group] for group in "abc"])
+l = sequence_log_prob(old, mask)
+expected = torch.zeros(12)
+expected[rows.flatten()] = icpo_advantage(rewards.sum(dim=1)[rows], l[rows], 0.5, 10.0).flatten()
+torch.testing.assert_close(data.batch["advantages"], expected[:, None] * mask)
+assert (expected != 0).any()
+"""
+
+
+def test_verl_example_in_verls_own_compute_advantage(tmp_path):
+    pytest.importorskip("verl")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "VERL_USE_EXTERNAL_MODULES": "verl_icpo"}
+    shown = subprocess.run([sys.executable, "-c", VERL], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr[-3000:]
 
 
 # ----------------------------------------------------------------------------------------------------------- Verifier

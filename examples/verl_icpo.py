@@ -1,0 +1,44 @@
+"""ICPO inside verl (0.9.1), as an advantage estimator, with verify.py as the reward.
+
+    export PYTHONPATH=$PWD:$PWD/examples VERL_USE_EXTERNAL_MODULES=verl_icpo
+    python -m verl.trainer.main_ppo algorithm.adv_estimator=icpo +algorithm.icpo.alpha=0.9 \
+        reward.custom_reward_function.path=verify.py actor_rollout_ref.rollout.n=8 ...
+
+verl imports the named module in each of its processes. Run on a CPU: the registration, and verl's own compute_advantage
+on a batch of tensors. Not run: a training, for which verl needs a GPU and vLLM or SGLang.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from verl.trainer.ppo import core_algos, ray_trainer
+
+from icpo import icpo_advantage, sequence_log_prob
+
+
+def icpo(token_level_rewards, response_mask, index, old_log_probs, config=None, **kwargs):
+    """Advantages and returns (B, T), as of verl's estimators. The prompt ids in index (B,) make the groups, in any order."""
+    _, groups, sizes = np.unique(index, return_inverse=True, return_counts=True)
+    if len(set(sizes)) > 1:
+        raise ValueError(f"icpo needs as many responses to each prompt, not {sorted(set(sizes.tolist()))}")
+    order = torch.as_tensor(groups, device=response_mask.device).argsort(stable=True).view(len(sizes), -1)
+    rewards, confidence = token_level_rewards.sum(dim=1), sequence_log_prob(old_log_probs, response_mask.bool())
+    settings = dict(alpha=0.9, beta=10.0) | dict((config or {}).get("icpo") or {})
+    advantages = torch.empty_like(confidence)
+    advantages[order] = icpo_advantage(rewards[order], confidence[order], **settings)
+    return (advantages[:, None] * response_mask,) * 2
+
+
+compute_advantage = ray_trainer.compute_advantage
+
+
+@functools.wraps(compute_advantage)
+def with_old_log_probs(data, *args, **kwargs):
+    """verl gives estimators no log-probs: this binds those of the batch before it looks the estimator up."""
+    estimator = functools.partial(icpo, old_log_probs=data.batch["old_log_probs"])
+    core_algos.ADV_ESTIMATOR_REGISTRY["icpo"] = estimator
+    return compute_advantage(data, *args, **kwargs)
+
+
+ray_trainer.compute_advantage = with_old_log_probs  # before the trainers import it, since verl imports this module first
