@@ -172,14 +172,16 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """Log-probs (N, V) in float32, whatever the logits (N, V) are in; to divide by 1 would be a pass over a large V."""
-    return (logits if temperature == 1 else logits.float() / temperature).log_softmax(dim=-1, dtype=torch.float32)
+def shift(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature (N, V), in float32 and less the largest of each row: with weights = exp of this,
+    p = weights / sum(weights). A pass over a large V costs as much as the network, so p and log p are not written out."""
+    x = logits.float() if temperature == 1 else logits.float() / temperature
+    return x - x.amax(dim=-1, keepdim=True)
 
 
-def entropy_of(log_p: Tensor, p: Tensor) -> Tensor:
-    """Entropies (N,) in nats, of log-probs and probabilities (N, V)."""
-    return -torch.linalg.vecdot(p, log_p.clamp(min=torch.finfo(log_p.dtype).min))  # 0 * -inf counts as 0
+def entropy_of(shifted: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    """Entropies (N,) in nats, total (N,) being the sum of the weights. 0 * -inf counts as 0."""
+    return total.log() - torch.linalg.vecdot(weights, shifted.clamp(min=torch.finfo(shifted.dtype).min)) / total
 
 
 class RoomyLayer(DynamicLayer):
@@ -198,11 +200,11 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def draw(p: Tensor, uniforms: Tensor) -> Tensor:
-    """Tokens (N,) from probabilities p (N, V), by inverse CDF of uniforms (N,), which are float64 in [0, 1).
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens (N,) in proportion to weights (N, V), by inverse CDF of uniforms (N,), which are float64 in [0, 1).
 
-    Sums of many terms are float64: exact in a long tail, and a token with p = 0 is never drawn. Of a large vocabulary first
-    a block is drawn, then a token of it: float64 sums over all V take several times as long, and multinomial fifty times.
+    Sums of many terms are float64: exact in a long tail, and a token of weight 0 is never drawn. Of a large vocabulary
+    first a block is drawn, then a token of it: float64 sums over all V take several times as long, multinomial fifty.
     """
 
     def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:  # a bin (N,), and how far into it u lies, in [0, 1)
@@ -212,11 +214,12 @@ def draw(p: Tensor, uniforms: Tensor) -> Tensor:
         beyond = (cdf.gather(1, i) - place) / weights.gather(1, i)
         return i.squeeze(1), (1 - beyond).clamp(0, 1 - 2**-53).squeeze(1)
 
-    if p.shape[1] <= 8192:
-        return pick(p, uniforms)[0]
-    blocks = pad(p, (0, -p.shape[1] % 512)).view(len(p), -1, 512)
+    N, V = weights.shape
+    if V <= 8192:
+        return pick(weights, uniforms)[0]
+    blocks = (pad(weights, (0, -V % 128)) if V % 128 else weights).view(N, -1, 128)
     block, u = pick(blocks.sum(dim=-1), uniforms)
-    return block * 512 + pick(blocks[torch.arange(len(p), device=p.device), block], u)[0]
+    return block * 128 + pick(blocks[torch.arange(N, device=weights.device), block], u)[0]
 
 
 @torch.no_grad()
@@ -251,12 +254,13 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
         cache.batch_repeat_interleave(group_size)
         logits, real, positions = (x.repeat_interleave(group_size, dim=0) for x in (logits, real, positions[:, -1:]))
         for t in range(max_new_tokens):
-            log_p = log_softmax(logits, temperature or 1)
-            p = log_p.exp()
-            token = draw(p, uniforms[rows, t]) if temperature else log_p.argmax(dim=-1)
+            shifted = shift(logits, temperature or 1)
+            weights = shifted.exp()
+            total = weights.sum(dim=-1)
+            token = draw(weights, uniforms[rows, t]) if temperature else shifted.argmax(dim=-1)
             tokens[rows, t] = token
-            log_probs[rows, t] = log_p.gather(1, token[:, None]).squeeze(1)
-            entropies[rows, t] = entropy_of(log_p, p)
+            log_probs[rows, t] = shifted.gather(1, token[:, None]).squeeze(1) - total.log()
+            entropies[rows, t] = entropy_of(shifted, weights, total)
 
             ended = torch.isin(token, ends)
             lengths[rows[ended]], truncated[rows[ended]] = t + 1, False
@@ -320,18 +324,21 @@ class TargetLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        log_p = log_softmax(logits, temperature)
-        ctx.save_for_backward(log_p, targets)
+        shifted = shift(logits, temperature)
+        at_target = shifted.gather(1, targets[:, None]).squeeze(1)
+        weights = shifted.exp() if entropy else shifted.exp_()
+        total = weights.sum(dim=-1)
+        ctx.save_for_backward(weights, total, targets)
         ctx.temperature = temperature
-        entropies = entropy_of(log_p, log_p.exp()) if entropy else None
+        entropies = entropy_of(shifted, weights, total) if entropy else None
         ctx.mark_non_differentiable(*[entropies] if entropy else [])
-        return log_p.gather(1, targets[:, None]).squeeze(1), entropies
+        return at_target - total.log(), entropies
 
     @staticmethod
     def backward(ctx, grad: Tensor, _) -> tuple[Tensor, None, None, None]:
-        log_p, targets = ctx.saved_tensors
+        weights, total, targets = ctx.saved_tensors
         grad = grad[:, None] / ctx.temperature
-        return log_p.exp().mul_(-grad).scatter_add_(1, targets[:, None], grad), None, None, None
+        return (weights * (-grad / total[:, None])).scatter_add_(1, targets[:, None], grad), None, None, None
 
 
 def output_logits(model, outputs, hidden: Tensor) -> Tensor:

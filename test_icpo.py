@@ -1052,13 +1052,13 @@ trl_icpo.main()
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(task, tmp_path, processes):
-    """Three groups of four responses: with two processes of six rows, the second group lies in both."""
+    """Nine groups of four responses: with two processes of 18 rows, the fifth group lies in both."""
     pytest.importorskip("trl")
     (tmp_path / "keeping.py").write_text(KEEPING)
     launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend",
               "no", "--multi_gpu", "--main_process_port", 0] if processes > 1 else []
     command = [sys.executable, *launch, tmp_path / "keeping.py", "--model", task / "model", "--data", task / "train.jsonl", "--output_dir", tmp_path,
-               "--per_device_train_batch_size", 12 // processes, "--num_generations", 4, "--max_completion_length", 32, "--max_steps", 2,
+               "--per_device_train_batch_size", 36 // processes, "--num_generations", 4, "--max_completion_length", 32, "--max_steps", 2,
                "--logging_steps", 1, "--learning_rate", 1e-3, "--use_cpu", "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "examples"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     shown = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -1074,9 +1074,9 @@ def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(task, 
         rewards.append(float(verify(tokenizer.decode(completion, skip_special_tokens=True), int(a) + int(b))))
         tokens = torch.cat([prompt, completion]).tolist()
         l.append(statistics.mean(prefix_log_prob(model, tokens, t) for t in range(len(prompt), len(tokens))))
-    expected = icpo_advantage(torch.tensor(rewards).view(3, 4), torch.tensor(l).view(3, 4), 0.9, 10.0)
-    assert len(rows) == 12 and (expected != 0).any()
-    torch.testing.assert_close(torch.stack([row[-1] for row in rows]).view(3, 4), expected, atol=1e-4, rtol=0)
+    expected = icpo_advantage(torch.tensor(rewards).view(9, 4), torch.tensor(l).view(9, 4), 0.9, 10.0)
+    assert len(rows) == 36 and (expected != 0).any()
+    torch.testing.assert_close(torch.stack([row[-1] for row in rows]).view(9, 4), expected, atol=1e-4, rtol=0)
 
 
 VERL = """
