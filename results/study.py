@@ -60,7 +60,7 @@ FORMS = {  # what is not in icpo.py, of GRPO's advantage A, preference s, agreem
 EVALUATIONS = ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")
 
 sys.path.insert(0, str(ROOT))
-if multiprocessing.parent_process():  # a worker; the tables and the figure do without torch
+if __name__ == "__mp_main__":  # a worker; the tables and the figure do without torch
     import torch
     import icpo
     from icpo import group_advantage, preference_advantage
