@@ -926,7 +926,8 @@ def main(arguments: list[str] | None = None) -> int:
               "--gradient-checkpointing", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nicpo.py: stopped; with --resume the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nicpo.py: stopped; once training has begun, the same command with --resume goes on from the last checkpoint",
+              file=sys.stderr)
         return 130
     return 0
 

@@ -989,6 +989,16 @@ def test_a_damaged_model_is_one_line(task, tmp_path, capfd, name):
     assert "--model" in error and "\n" not in error and not (tmp_path / "run").exists()
 
 
+def test_a_model_in_which_nothing_ends_a_response_is_one_line(task, tmp_path, capfd):
+    shutil.copytree(task / "model", tmp_path / "model")
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        settings = json.loads((tmp_path / "model" / name).read_text())
+        (tmp_path / "model" / name).write_text(json.dumps(settings | dict.fromkeys(("eos_token", "eos_token_id"))))
+    assert run("--model", tmp_path / "model", "--train-data", task / "train.jsonl", "--output-dir", tmp_path / "run") == 2
+    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
+    assert "no eos token" in error and "\n" not in error and not (tmp_path / "run").exists()
+
+
 def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(icpo, "update", lambda *args: torch.empty(2**50))
     assert run(*short_run(task, tmp_path / "run")) == 2
