@@ -451,6 +451,15 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch, uniform
         torch.testing.assert_close(rollout.entropies, torch.full((2, 1), math.log(2)))  # impossible tokens add nothing
 
 
+@pytest.mark.parametrize("V, places", [(8_000, 1), (40_000, 8)])  # in one level, and in blocks of float32 weights
+def test_a_tail_below_the_precision_of_float32_is_drawn(V, places):
+    share = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)  # of the way through the tail
+    weights = torch.full((len(share), V), 1e-8)  # 1 + 1e-8 is 1 in float32
+    weights[:, 0] = 1
+    tokens = icpo.draw(weights, (1 + share * (V - 1) * 1e-8) / (1 + (V - 1) * 1e-8))
+    assert tokens.tolist() == pytest.approx((share * V).tolist(), abs=places)
+
+
 @pytest.mark.parametrize("V", [300, 20_001])
 def test_drawing_is_the_inverse_of_the_cumulative_distribution(V):
     p = (torch.randn(1, V, generator=torch.Generator().manual_seed(2)) * 4).softmax(dim=1)  # from 1e-8 to 0.1
@@ -559,7 +568,7 @@ def test_bf16_logits_are_normalised_in_float32(monkeypatch):
     model = qwen2()
     rollout = draw(model)
     N = int(rollout.mask.sum())
-    logits = (torch.randn(N, VOCAB, generator=torch.Generator().manual_seed(0)) * 5).bfloat16()
+    logits = (torch.randn(N, VOCAB, generator=torch.Generator().manual_seed(0)) * 50).bfloat16()  # exp(100) overflows
     monkeypatch.setattr(icpo, "output_logits", lambda *args: logits)
     log_probs, _ = token_log_probs(model, rollout)
     row, t = rollout.mask.nonzero(as_tuple=True)
