@@ -223,24 +223,29 @@ def overview(rows: list[dict], name: str) -> str:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """Accuracy of the sampled responses without and with noise, and the agreement: a column for each regime."""
+    """Accuracy of the sampled responses, its difference to GRPO of the same seed, and the agreement, by regime."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     styles = {"GRPO": ("#444444", "-"), "ICPO reward": ("#E69F00", "--"), "ICPO gated": ("#0072B2", "-")}  # Okabe and Ito's
-    kinds = [("verified", 0.0, "share of samples right,\nclean reward"), ("verified", 0.2, "share of samples right,\n20 % of rewards flipped"),
-             ("agreement", 0.2, "agreement of preference\nand verifier, 20 % flipped")]
+    kinds = [("verified", 0.2, False, "share of samples right,\n20 % of rewards flipped"),
+             ("verified", 0.2, True, "that minus GRPO's\nof the same seed"),
+             ("verified", 0.0, True, "the same difference,\nclean rewards"),
+             ("agreement", 0.2, False, "agreement, 20 %\nof rewards flipped")]
+
+    def curves(name: str, regime: str, noise: float, method: str) -> np.ndarray:  # (seeds, steps - 4), means of five steps
+        cell = [row for row in rows if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)]
+        return np.array([np.convolve(row[name], np.ones(5) / 5, mode="valid") for row in sorted(cell, key=lambda row: row["seed"])])
+
     plt.rcParams.update({"font.size": 10})
-    _, axes = plt.subplots(3, 3, figsize=(8.8, 7.4), sharex=True, sharey="row", layout="constrained")
-    for i, (name, noise, label) in enumerate(kinds):
+    _, axes = plt.subplots(4, 3, figsize=(8.8, 8.8), sharex=True, sharey="row", layout="constrained")
+    for i, (name, noise, paired, label) in enumerate(kinds):
         for j, regime in enumerate(REGIMES):
             ax = axes[i, j]
             for method, (color, style) in styles.items():
-                curves = np.array([row[name] for row in rows
-                                   if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)], dtype=float)
-                smooth = np.array([np.convolve(curve, np.ones(5) / 5, mode="valid") for curve in curves])
-                mean, half = map(np.array, zip(*(interval(column) for column in smooth.T)))
-                x = np.arange(5, curves.shape[1] + 1)
+                values = curves(name, regime, noise, method) - paired * curves(name, regime, noise, "GRPO")
+                mean, half = map(np.array, zip(*(interval(column) for column in values.T)))
+                x = np.arange(5, 5 + len(mean))
                 ax.plot(x, mean, style, color=color, label=method, linewidth=1.6)
                 ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.16, linewidth=0)
             ax.grid(alpha=0.25)
