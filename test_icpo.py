@@ -1017,6 +1017,22 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
 # -------------------------------------------------------------------------- README, and examples where their engine is there
 
 
+def test_tables_are_those_of_the_logs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import benchmark
+    import study
+    assert benchmark.table(json.loads((ROOT / "results" / "benchmark.json").read_text())) in README
+    rows, tuned = (sorted(rows_of(ROOT / "results" / log), key=lambda row: list(study.TUNING).index(row["method"]))
+                   for log in ("study.jsonl", "tuning.jsonl"))
+    for table in (study.differences(rows, study.CLAIMS), study.levels(rows, "sampled accuracy"), study.differences(tuned, {"area": 1})):
+        assert table in README
+    areas = {(row["method"], row["seed"]): statistics.fmean(row["verified"]) for row in rows
+             if (row["regime"], row["noise"]) == ("overconfident 98 %", 0.2)}
+    gaps = [areas["ICPO gated", seed] - areas["GRPO", seed] for seed in range(16)]
+    half = 2.131 * statistics.stdev(gaps) / math.sqrt(16)  # Student's t for 15 degrees of freedom
+    assert f"✓ {statistics.fmean(gaps):+.3f} ± {half:.3f}" in README and statistics.fmean(gaps) > half
+
+
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_blocks_of_the_readme(block):
     for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):

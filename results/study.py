@@ -58,7 +58,8 @@ FORMS = {  # what is not in icpo.py, of GRPO's advantage A, preference s, agreem
     "opposite": lambda A, s, c, a, R: A - a * A.abs() * s,
     "trusted reward": lambda A, s, c, a, R: group_advantage(R + a * c.clamp(min=0) * s) * (A != 0).any(dim=1, keepdim=True),
 }
-EVALUATIONS = ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")
+EVALUATED = {"greedy accuracy": "eval/accuracy", "sampled accuracy": "eval/mean_at_k", "pass@8": "eval/pass_at_k"}
+CLAIMS = {"area": 1, "overconfident": -1, "steps to 0.8": -1, "entropy at the end": 1}  # and which sign is the better one
 
 sys.path.insert(0, str(ROOT))
 if __name__ == "__mp_main__":  # a worker; the tables and the figure do without torch
@@ -117,7 +118,7 @@ def run(job: dict) -> dict:
     def curve(name: str, digits: int) -> list:
         return [None if row[name] is None else round(row[name], digits) for row in rows[1:]]
 
-    evaluated = [row for row in rows if EVALUATIONS[0] in row]
+    evaluated = [row for row in rows if "eval/accuracy" in row]
     verified, entropy, agreement = curve("reward/verified", 3), curve("entropy", 4), curve("preference/agreement", 2)
     means = {
         "area": float(np.mean(verified)), "end": float(np.mean(verified[-10:])), "entropy at the end": float(np.mean(entropy[-10:])),
@@ -129,7 +130,7 @@ def run(job: dict) -> dict:
     result = job | {"means": {name: None if np.isnan(value) else round(value, 4) for name, value in means.items()}}
     if job["evaluate"]:
         result |= {"verified": verified, "entropy": entropy, "agreement": agreement,
-                   "evaluations": {name: [round(row[name], 4) for row in evaluated] for name in EVALUATIONS}}
+                   "evaluations": {name: [round(row[name], 4) for row in evaluated] for name in EVALUATED.values()}}
     return result
 
 
@@ -176,47 +177,41 @@ def steps_to(curve: list[float], level: float) -> int:
 
 
 def measure(row: dict, name: str) -> float:
-    evaluation = {"greedy": "eval/accuracy", "sampled": "eval/mean_at_k", "pass@8": "eval/pass_at_k"}
-    if name in evaluation:
-        return row["evaluations"][evaluation[name]][-1]
+    if name in EVALUATED:
+        return row["evaluations"][EVALUATED[name]][-1]
     return steps_to(row["verified"], 0.8) if name == "steps to 0.8" else row["means"][name]
 
 
-def table(rows: list[dict], measures: list[str], paired: list[str]) -> str:
-    """Means by cell and method; for the paired measures also the difference to GRPO of the same seed, with its interval."""
-    columns = ["regime", "reward noise", "method", *measures, *(f"{name}, minus GRPO's" for name in paired)]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for regime in REGIMES:
-        for noise in NOISES:
-            cell = [row for row in rows if (row["regime"], row["noise"]) == (regime, noise)]
-            base = {row["seed"]: row for row in cell if row["method"] == "GRPO"}
-            for method in dict.fromkeys(row["method"] for row in cell):
-                own = [row for row in cell if row["method"] == method]
-                fields = [regime, f"{noise:.0%}", method]
-                fields += ["{:.3g}".format(np.mean([measure(row, name) for row in own])) for name in measures]
-                for name in paired:
-                    mean, half = interval([measure(row, name) - measure(base[row["seed"]], name) for row in own])
-                    bold = "**" if abs(mean) > half else ""
-                    fields.append("" if method == "GRPO" else f"{bold}{mean:+.3f} ± {half:.3f}{bold}")
-                lines.append("| " + " | ".join(fields) + " |")
-    return "\n".join(lines)
+def cells(rows: list[dict], method: str) -> list[list[dict]]:
+    """A method's runs in each regime without and with noise, by seed."""
+    return [sorted((row for row in rows if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)),
+                   key=lambda row: row["seed"]) for regime in REGIMES for noise in NOISES]
 
 
-def overview(rows: list[dict], name: str) -> str:
-    """One measure, paired with GRPO: a line for each method, a column for each cell."""
-    cells = [(regime, noise) for regime in REGIMES for noise in NOISES]
-    lines = [f"| {name}, minus GRPO's | " + " | ".join(f"{regime}, {noise:.0%} noise" for regime, noise in cells) + " |",
-             "|---" * (1 + len(cells)) + "|"]
-    base = {(row["regime"], row["noise"], row["seed"]): measure(row, name) for row in rows if row["method"] == "GRPO"}
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "GRPO"):
-        fields = [method]
-        for regime, noise in cells:
-            mean, half = interval([measure(row, name) - base[regime, noise, row["seed"]] for row in rows
-                                   if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)])
-            bold = "**" if abs(mean) > half else ""
-            fields.append(f"{bold}{mean:+.3f} ± {half:.3f}{bold}")
-        lines.append("| " + " | ".join(fields) + " |")
-    return "\n".join(lines)
+def table(first: str, lines: list[tuple[str, list[str]]]) -> str:
+    header = [first, *(f"{regime}, {'noisy' if noise else 'clean'}" for regime in REGIMES for noise in NOISES)]
+    lines = [header, ["---"] * len(header), *([name, *fields] for name, fields in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def levels(rows: list[dict], name: str) -> str:
+    """Mean and 95 % interval of a measure: a line for each method, a column for each cell."""
+    return table(name, [(method, ["{:.3f} ± {:.3f}".format(*interval([measure(row, name) for row in cell]))
+                                  for cell in cells(rows, method)]) for method in METHODS])
+
+
+def differences(rows: list[dict], measures: dict[str, int]) -> str:
+    """Measures minus GRPO's of the same seed; ✓ better or ✗ worse if the 95 % interval leaves out 0."""
+    lines = []
+    for name, better in measures.items():
+        for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "GRPO"):
+            fields = []
+            for own, base in zip(cells(rows, method), cells(rows, "GRPO")):
+                mean, half = interval([measure(a, name) - measure(b, name) for a, b in zip(own, base, strict=True)])
+                mark = ("✓ " if mean * better > 0 else "✗ ") if abs(mean) > half else ""
+                fields.append(f"{mark}{mean:+.3f} ± {half:.3f}")
+            lines.append((method if len(measures) == 1 else f"{name}: {method}", fields))
+    return table("minus GRPO's" if len(measures) > 1 else f"{name}, minus GRPO's", lines)
 
 
 # -------------------------------------------------------------------------------------------------------------- Figure
@@ -233,17 +228,16 @@ def figure(rows: list[dict], path: Path) -> None:
              ("verified", 0.0, True, "the same difference,\nclean rewards"),
              ("agreement", 0.2, False, "agreement, 20 %\nof rewards flipped")]
 
-    def curves(name: str, regime: str, noise: float, method: str) -> np.ndarray:  # (seeds, steps - 4), means of five steps
-        cell = [row for row in rows if (row["regime"], row["noise"], row["method"]) == (regime, noise, method)]
-        return np.array([np.convolve(row[name], np.ones(5) / 5, mode="valid") for row in sorted(cell, key=lambda row: row["seed"])])
+    def curves(name: str, method: str, cell: int) -> np.ndarray:  # (seeds, steps - 4), means of five steps
+        return np.array([np.convolve(row[name], np.ones(5) / 5, mode="valid") for row in cells(rows, method)[cell]])
 
     plt.rcParams.update({"font.size": 10})
     _, axes = plt.subplots(4, 3, figsize=(8.8, 8.8), sharex=True, sharey="row", layout="constrained")
     for i, (name, noise, paired, label) in enumerate(kinds):
         for j, regime in enumerate(REGIMES):
-            ax = axes[i, j]
+            ax, cell = axes[i, j], len(NOISES) * j + NOISES.index(noise)
             for method, (color, style) in styles.items():
-                values = curves(name, regime, noise, method) - paired * curves(name, regime, noise, "GRPO")
+                values = curves(name, method, cell) - paired * curves(name, "GRPO", cell)
                 mean, half = map(np.array, zip(*(interval(column) for column in values.T)))
                 x = np.arange(5, 5 + len(mean))
                 ax.plot(x, mean, style, color=color, label=method, linewidth=1.6)
@@ -272,13 +266,13 @@ def main() -> None:
         log.unlink(missing_ok=True)
     if args.tune:
         rows = complete(log, TUNING, TUNING_SEEDS, evaluate=False)
-        print(overview(rows, "area") + "\n\n" + overview(rows, "end"))
+        print(differences(rows, {"area": 1}) + "\n\n" + differences(rows, {"end": 1}))
         return
     rows = complete(log, METHODS, SEEDS, evaluate=True)
-    print(overview(rows, "area") + "\n\n" + overview(rows, "sampled") + "\n")
-    print(table(rows, ["area", "greedy", "sampled", "pass@8", "steps to 0.8"], ["greedy", "pass@8"]) + "\n")
-    print(table(rows, ["entropy at the end", "overconfident", "l of correct at the end", "l of wrong at the end", "uniform groups",
-                       "agreement at first", "agreement at the end"], ["entropy at the end", "overconfident"]))
+    print(differences(rows, CLAIMS))
+    for name in (*EVALUATED, *CLAIMS, "l of correct at the end", "l of wrong at the end", "uniform groups",
+                 "agreement at first", "agreement at the end"):
+        print("\n" + levels(rows, name))
     if importlib.util.find_spec("matplotlib"):
         figure(rows, RESULTS / "curves.png")
     else:
