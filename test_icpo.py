@@ -1026,6 +1026,8 @@ def test_tables_are_those_of_the_logs(monkeypatch):
                    for log in ("study.jsonl", "tuning.jsonl"))
     for table in (study.differences(rows, study.CLAIMS), study.levels(rows, "sampled accuracy"), study.differences(tuned, {"area": 1})):
         assert table in README
+    ends = [rows_of(ROOT / "results" / "first_run" / f"seed-{seed}.jsonl")[-1]["eval/accuracy"] for seed in range(4)]
+    assert f"seeds 0 to 3: {', '.join(f'{end:.3f}' for end in ends)} " in README
     areas = {(row["method"], row["seed"]): statistics.fmean(row["verified"]) for row in rows
              if (row["regime"], row["noise"]) == ("overconfident 98 %", 0.2)}
     gaps = [areas["ICPO gated", seed] - areas["GRPO", seed] for seed in range(16)]
