@@ -609,14 +609,14 @@ def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confide
     def mean(x: Tensor) -> float | None:
         return x.float().mean().item() if x.numel() else None
 
-    right = verified > 0.5
-    agreement = group_advantage(rewards) * preference_advantage(confidence, beta)  # see icpo_advantage
+    right, plain, preference = verified > 0.5, group_advantage(rewards), preference_advantage(confidence, beta)
+    agreement = plain * preference  # see icpo_advantage
     surest_is_right = right.gather(1, confidence.argmax(dim=1, keepdim=True)).squeeze(1)
     return {
         "reward/mean": mean(rewards), "reward/verified": mean(verified), "reward/std": mean(rewards.std(dim=1)),
-        "groups/uniform_frac": mean((group_advantage(rewards) == 0).all(dim=1)),
+        "groups/uniform_frac": mean((plain == 0).all(dim=1)),
         "advantage/abs_mean": mean(advantages.abs()),
-        "preference/abs_mean": mean(preference_advantage(confidence, beta).abs()),
+        "preference/abs_mean": mean(preference.abs()),
         "preference/agreement": (agreement.sum() / agreement.abs().sum().clamp(min=1e-9)).item(),
         "confidence/correct": mean(confidence[right]), "confidence/wrong": mean(confidence[~right]),
         "confidence/overconfident_frac": mean(right.any(dim=1) & ~surest_is_right),
