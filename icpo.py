@@ -715,6 +715,12 @@ def replace_file(path: Path, write) -> None:
         os.replace(path.with_suffix(".tmp"), path)
 
 
+def save_model(model, tokenizer, folder: Path) -> None:
+    with writing(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
 def until_interrupted(steps):
     """Passes steps on. Ctrl-C or SIGTERM lets the one in hand finish and ends them; a second time it does not wait."""
     interrupts = []
@@ -835,15 +841,13 @@ def train(config: Config) -> dict[str, float]:
         skipped = skipped + 1 if metrics["update/skipped"] else 0
         if skipped == 10:
             raise UserError(f"ten steps in a row had a non-finite loss or gradient: lower --lr ({out}/checkpoint holds)")
-        if step % config.save_every == 0:
+        if step % config.save_every == 0 and step < config.steps:
             save()
     save()
     if step < config.steps:
         raise KeyboardInterrupt
 
-    with writing(out / "model"):
-        policy.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+    save_model(policy, tokenizer, out / "model")
     report(held_out, reward, before, after)
     print(f"model: {out / 'model'}\nlog: {out / 'metrics.jsonl'}, {out / 'samples.jsonl'}")
     return after[0]
@@ -880,7 +884,6 @@ def write_task(folder: Path, config: Config, device: torch.device) -> None:
     set_seed(config.seed)
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.shuffle(sums)
-    folder.mkdir(parents=True)
     for name, part in (("eval", sums[:1024]), ("train", sums[1024:])):
         append(folder / f"{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part])
     # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
@@ -904,8 +907,7 @@ def write_task(folder: Path, config: Config, device: torch.device) -> None:
         optimizer.zero_grad()
         model(input_ids=ids.to(device), labels=labels.to(device)).loss.backward()
         optimizer.step()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_model(model, tokenizer, folder / "model")
 
 
 # --------------------------------------------------------------------------------------------------------- Command line

@@ -710,6 +710,14 @@ def run(*flags):
     return icpo.main([str(flag) for flag in flags])
 
 
+def error_of(capfd, *flags):
+    """The one line that a run in vain shows."""
+    assert run(*flags) == 2
+    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
+    assert "\n" not in error
+    return error
+
+
 def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
@@ -867,9 +875,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch,
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(good).encode() + b"\n\xe9")
     (tmp_path / "bad.py").write_text("def f(")
     before = sorted(tmp_path.rglob("*"))
-    assert run("--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, *flags) == 2
-    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
-    assert message in error and "\n" not in error
+    assert message in error_of(capfd, "--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, *flags)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -896,11 +902,6 @@ def short_run(task, out, *flags):
     return list(map(str, own(task, out, "--prompts-per-step", 4, "--group-size", 4, "--eval-rows", 4, "--steps", 12, "--save-every", 1, *flags)))
 
 
-def start(task, out, *flags):
-    return subprocess.Popen([sys.executable, icpo.__file__, *short_run(task, out, *flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
-
-
 def result_of(out):
     """The checkpoint, and the logs without their times."""
     state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
@@ -911,7 +912,8 @@ def result_of(out):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_save_and_go_on(task, tmp_path, number):
-    process = start(task, tmp_path / "run", "--save-every", 100)
+    process = subprocess.Popen([sys.executable, icpo.__file__, *short_run(task, tmp_path / "run", "--save-every", 100)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and len(rows_of(log)) > 2):
         time.sleep(0.02)
@@ -941,21 +943,21 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(task, tmp_path):
         process(tmp_path / "whole").join()
         seconds = time.perf_counter() - begin
     expected, random_, ended = result_of(tmp_path / "whole"), random.Random(0), 0
+    checkpoint = out / "checkpoint" / "state.pt"
     for _ in range(20):
-        resume = ["--resume"] if (out / "checkpoint" / "state.pt").exists() else []
-        if not resume:
+        if not checkpoint.exists():
             shutil.rmtree(out, ignore_errors=True)
-        running = process(out, *resume)
+        running = process(out, *["--resume"] * checkpoint.exists())
         running.join(random_.random() * seconds)  # while it reads, evaluates, trains or saves
         running.kill()
         running.join()
-        if (out / "checkpoint" / "state.pt").exists():
-            torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+        if checkpoint.exists():
+            torch.load(checkpoint, weights_only=True)
         if running.exitcode == 0:  # it had come to its end: begin another
             assert result_of(out) == expected
             shutil.rmtree(out)
             ended += 1
-    process(out, *["--resume"] * (out / "checkpoint" / "state.pt").exists()).join()
+    process(out, *["--resume"] * checkpoint.exists()).join()
     assert result_of(out) == expected and ended < 10
 
 
@@ -965,14 +967,18 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(task, tmp_path, capfd
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        assert run(*short_run(task, tmp_path / "run", *flags)) == 2
+        error = error_of(capfd, *short_run(task, tmp_path / "run", *flags))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
-    assert "cannot be written" in error and "make room" in error and "\n" not in error
+    assert "cannot be written" in error and "make room" in error
     assert run(*short_run(task, tmp_path / "run", *flags)) == 0
     assert run(*short_run(task, tmp_path / "whole", *flags[1:])) == 0
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_the_task_in_a_folder_that_cannot_be_made_is_one_line(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert "cannot be written: Not a directory" in error_of(capfd, "--output-dir", tmp_path / "file" / "run")
 
 
 def test_a_reward_that_raises_at_every_third_call(task, tmp_path, monkeypatch, capfd):
@@ -993,9 +999,8 @@ def test_a_damaged_model_is_one_line(task, tmp_path, capfd, name):
     shutil.copytree(task / "model", tmp_path / "model")
     content = (tmp_path / "model" / name).read_bytes()
     (tmp_path / "model" / name).write_bytes(content[:len(content) // 2])
-    assert run("--model", tmp_path / "model", "--train-data", task / "train.jsonl", "--output-dir", tmp_path / "run") == 2
-    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
-    assert "--model" in error and "\n" not in error and not (tmp_path / "run").exists()
+    error = error_of(capfd, "--model", tmp_path / "model", "--train-data", task / "train.jsonl", "--output-dir", tmp_path / "run")
+    assert "--model" in error and not (tmp_path / "run").exists()
 
 
 def test_a_model_in_which_nothing_ends_a_response_is_one_line(task, tmp_path, capfd):
@@ -1003,9 +1008,8 @@ def test_a_model_in_which_nothing_ends_a_response_is_one_line(task, tmp_path, ca
     for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
         settings = json.loads((tmp_path / "model" / name).read_text())
         (tmp_path / "model" / name).write_text(json.dumps(settings | dict.fromkeys(("eos_token", "eos_token_id"))))
-    assert run("--model", tmp_path / "model", "--train-data", task / "train.jsonl", "--output-dir", tmp_path / "run") == 2
-    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
-    assert "no eos token" in error and "\n" not in error and not (tmp_path / "run").exists()
+    error = error_of(capfd, "--model", tmp_path / "model", "--train-data", task / "train.jsonl", "--output-dir", tmp_path / "run")
+    assert "no eos token" in error and not (tmp_path / "run").exists()
 
 
 def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
