@@ -5,8 +5,9 @@
     accelerate launch --num_processes 2 examples/trl_icpo.py --model ... --data ... --output_dir ...
 
 The data has a "prompt" and an "answer" in each line. --alpha, --sharpness (ICPO's beta; TRL's --beta is the weight of the
-KL) and --shaping are ICPO's, all other flags GRPOConfig's. Run on a CPU, in one process and in two (accelerate launch
---multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM or DeepSpeed.
+KL) and --shaping are ICPO's (take --alpha 0.4 for form reward), all other flags GRPOConfig's. Run on a CPU, in one process
+and in two (accelerate launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM
+or DeepSpeed.
 """
 
 import sys
