@@ -4,6 +4,7 @@ Each formula is held against an oracle that shares no code with it: a plain Pyth
 by hand, or transformers' own generate and forward.
 """
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -687,9 +688,12 @@ def test_rollout_metrics_equal_loops():
     rollout = draw(model)
     verified, noisy = (torch.randint(0, 2, (3, 4), generator=torch.Generator().manual_seed(i)).float() for i in (0, 1))
     l = sequence_log_prob(rollout.log_probs, rollout.mask).view(3, 4)
-    metrics = icpo.rollout_metrics(rollout, verified, noisy, l, icpo_advantage(noisy, l, 0.4, 10.0), 10.0)
+    metrics = icpo.rollout_metrics(rollout, verified, noisy, l, torch.arange(-5.0, 7.0).view(3, 4), 10.0)
     groups = [list(zip(v, c)) for v, c in zip(verified.tolist(), l.tolist())]
     assert metrics["reward/verified"] == pytest.approx(statistics.mean(v for group in groups for v, _ in group))
+    assert metrics["reward/mean"] == pytest.approx(statistics.mean(itertools.chain(*noisy.tolist())))
+    assert metrics["advantage/abs_mean"] == 3  # of 5, 4, ..., 0, ..., 6
+    assert metrics["preference/abs_mean"] == pytest.approx(statistics.mean(abs(s) for row in l.tolist() for s in loop_preference(row, 10.0)))
     assert metrics["reward/std"] == pytest.approx(statistics.mean(statistics.stdev(row) for row in noisy.tolist()))
     for name, value in (("correct", 1), ("wrong", 0)):
         assert metrics[f"confidence/{name}"] == pytest.approx(statistics.mean(c for group in groups for v, c in group if v == value))
@@ -961,19 +965,30 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(task, tmp_path):
     assert result_of(out) == expected and ended < 10
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(task, tmp_path, capfd):
     flags = ["--resume", "--steps", 4, "--eval-every", 2]
     assert run(*short_run(task, tmp_path / "run", "--steps", 2, "--eval-every", 2)) == 0
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with files_of_at_most(100_000):
         error = error_of(capfd, *short_run(task, tmp_path / "run", *flags))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot be written" in error and "make room" in error
     assert run(*short_run(task, tmp_path / "run", *flags)) == 0
     assert run(*short_run(task, tmp_path / "whole", *flags[1:])) == 0
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_a_disk_too_small_for_the_model_of_the_task_is_one_line(tmp_path, capfd):
+    with files_of_at_most(500_000):  # the sums fit in, 0.3M parameters do not
+        assert "model cannot be written" in error_of(capfd, "--task-warmup-steps", 1, "--output-dir", tmp_path / "run")
 
 
 def test_the_task_in_a_folder_that_cannot_be_made_is_one_line(tmp_path, capfd):
