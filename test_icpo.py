@@ -1118,7 +1118,7 @@ def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, shapi
 
 
 KEEPING = """
-import torch, trl_icpo
+import glob, time, torch, trl_icpo
 generate = trl_icpo.ICPOTrainer._generate_and_score_completions
 def keep(self, inputs):
     output = generate(self, inputs)
@@ -1126,6 +1126,15 @@ def keep(self, inputs):
     return output
 trl_icpo.ICPOTrainer._generate_and_score_completions = keep
 trl_icpo.main()
+def gloo_threads():
+    try:
+        return [name for name in (open(file).read() for file in glob.glob("/proc/self/task/*/comm")) if "gloo" in name]
+    except OSError:  # one ended between the two calls
+        return ["?"]
+end = time.time() + 10  # the kernel's list may lag behind a join
+while (left := gloo_threads()) and time.time() < end:
+    time.sleep(0.01)
+assert not left, f"threads that may abort the exit: {left}"
 """
 
 

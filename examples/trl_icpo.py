@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather
 from datasets import load_dataset
 from transformers import HfArgumentParser
@@ -72,6 +73,7 @@ def main() -> None:
     ICPOTrainer(model=arguments.model, reward_funcs=reward_func, args=config,
                 train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
                 icpo=dict(alpha=arguments.alpha, beta=arguments.sharpness, shaping=arguments.shaping)).train()
+    PartialState().destroy_process_group()  # joins gloo's threads: one that still frees a tensor while Python exits aborts
 
 
 if __name__ == "__main__":
