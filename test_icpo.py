@@ -689,7 +689,8 @@ def test_uniform_batches_and_broken_gradients_make_no_step():
 def test_rollout_metrics_equal_loops():
     model = qwen2()
     rollout = draw(model)
-    verified, noisy = (torch.randint(0, 2, (3, 4), generator=torch.Generator().manual_seed(i)).float() for i in (0, 1))
+    verified = torch.randint(0, 2, (3, 4), generator=torch.Generator().manual_seed(0)).float()
+    noisy = torch.tensor([[0, 0.5, 0.5, 1], [1, 1, 1, 1], [0, 0, 0, 1]])  # two at their group's mean, a group of equals, neither
     l = sequence_log_prob(rollout.log_probs, rollout.mask).view(3, 4)
     metrics = icpo.rollout_metrics(rollout, verified, noisy, l, torch.arange(-5.0, 7.0).view(3, 4), 10.0)
     groups = [list(zip(v, c)) for v, c in zip(verified.tolist(), l.tolist())]
