@@ -30,13 +30,14 @@ Left out on purpose: a critic, and a scoring pass of its own; sampling yields l,
 """
 
 import contextlib
-import copy
-import importlib
-import itertools
+import functools
+import inspect
 import json
 import math
 import os
+import pkgutil
 import random
+import re
 import signal
 import sys
 import time
@@ -51,18 +52,17 @@ import torch
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM,
-                          Qwen2Tokenizer, set_seed)
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen2Tokenizer, set_seed)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from verify import extract_answer
 
 # ------------------------------------------------------------------------------------------------- The method
-
 
 def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
     """Length-normalized log-prob of each response, its confidence [S]:
@@ -97,8 +97,8 @@ def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
 def group_advantage(rewards: Tensor) -> Tensor:
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
-    rewards (P, G) -> (P, G) float32. A group whose rewards are equal up to rounding gets exactly 0. Adding a
-    small number to the std would not do that: float32 gives eight rewards of 0.7 a std of 6e-8. Raises
+    rewards (P, G) -> (P, G) float32. A group of rewards that are equal up to rounding gets exactly 0; adding
+    1e-8 to the std does not achieve that: in float32, eight rewards of 0.7 have a std of 6e-8. Raises
     ValueError if G < 2.
     """
     if rewards.shape[-1] < 2:
@@ -115,9 +115,9 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
 
         A = group_advantage(R + alpha * s)
 
-    alpha = 0 is GRPO, to the bit. With R in {0, 1} and alpha < 1/2, every correct response outranks every wrong
-    one. A group of equal rewards gets 0 [O], or alpha * s with keep_uniform_groups: divided by its std, s would
-    be a push of full size there with no reward behind it, which makes models that err at random collapse.
+    alpha = 0 is GRPO, to the bit. With R in {0, 1} and alpha < 1/2, a correct response outranks every wrong
+    one. A group of equal rewards gets 0 [O], or alpha * s with keep_uniform_groups: divided by its std, s
+    would push at full size there with no reward behind it, and a model that errs at random collapses.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
     preference = preference_advantage(seq_log_probs, beta)
@@ -139,8 +139,8 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> scalar.
     Aggregation "token" weights every token by 1 / normalizer; "sequence" every response, spread evenly over
     its tokens. The normalizer counts the tokens, or the responses, of the whole optimizer batch; by default
-    those given here. Also returns sums over tokens, for micro-batches to add up. Raises ValueError for any
-    other aggregation.
+    those given. Also returns sums over tokens, for micro-batches to add up. Raises ValueError for any other
+    aggregation.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -166,10 +166,9 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 # --------------------------------------------------------------------------------------------------- Sampling
 
-
 @dataclass
 class Rollout:
-    """B responses with their prompts; row b answers prompt b // G. Masks come from positions, not token values."""
+    """B responses with their prompts; row b answers prompt b // G. Masks come from positions, not tokens."""
 
     ids: Tensor             # (B, S) prompt, response, padding: positions are 0, 1, 2, ... in every row
     prompt_lengths: Tensor  # (B,)
@@ -218,10 +217,11 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
         raise ValueError("every prompt needs at least one token")
     model.eval()
     device, B = model.device, len(prompts) * group_size
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]
     cache = DynamicCache(config=model.config)
-    # The states of linear attention can be neither repeated nor selected by row: prefill all rows, keep all.
-    by_row = not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
-    prefilled = prompts if by_row else [prompt for prompt in prompts for _ in range(group_size)]
+    # Only these caches can be repeated and selected by row. With others, prefill every row and keep them all.
+    by_row = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    prefilled = prompts if by_row else repeated
     # Padding on the left: every prompt ends in the last column, whose logits give the first response token.
     ids = padded(prefilled, device, "left")
     attention_mask = padded([[1] * len(prompt) for prompt in prefilled], device, "left")
@@ -232,7 +232,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     log_probs, entropies = torch.zeros(2, B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
-    truncated = torch.ones(B, dtype=torch.bool, device=device)
 
     with autocast(device):
         logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -257,30 +256,27 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
             tokens[alive, t] = token.squeeze(1)
 
             going = ~torch.isin(token.squeeze(1), ends)
-            lengths[alive[~going]], truncated[alive[~going]] = t + 1, False
+            lengths[alive[~going]] = t + 1
             if not going.any() or t + 1 == max_new_tokens:
                 break
             if by_row and not going.all():  # the ended rows leave
                 cache.batch_select_indices(going.nonzero().squeeze(1))
                 attention_mask, position_ids = attention_mask[going], position_ids[going]
             alive = alive[going]
-            # The token just drawn takes one more column of the mask, and the next position.
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
-            position_ids = position_ids + 1
+            attention_mask, position_ids = pad(attention_mask, (0, 1), value=1), position_ids + 1
             fed = alive if by_row else every_row
-            logits = model(input_ids=tokens[fed, t, None], attention_mask=attention_mask, position_ids=position_ids,
-                           past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model(input_ids=tokens[fed, t, None], attention_mask=attention_mask,
+                           position_ids=position_ids, past_key_values=cache, use_cache=True).logits[:, -1]
             logits = logits if by_row else logits[alive]
 
-    T = int(lengths.max())
-    responses = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
-    ids = padded([prompts[b // group_size] + response for b, response in enumerate(responses)], device)
-    prompt_lengths = torch.tensor([len(prompts[b // group_size]) for b in range(B)], device=device)
+    T, drawn = int(lengths.max()), zip(repeated, tokens.tolist(), lengths.tolist())
+    ids = padded([prompt + row[:length] for prompt, row, length in drawn], device)
+    prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
+    truncated = ~torch.isin(tokens[every_row, lengths - 1], ends)
     return Rollout(ids, prompt_lengths, lengths, truncated, log_probs[:, :T], entropies[:, :T])
 
 
 # ---------------------------------------------------------------------------------------------------- Scoring
-
 
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
@@ -303,8 +299,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
         size = max(1, max_logits // model.config.vocab_size)
         chunks = list(zip(features[row, position - 1].split(size), targets.split(size)))
         if torch.is_grad_enabled() and len(chunks) > 1:
-            recomputed = dict(use_reentrant=False, preserve_rng_state=False)
-            scores = [checkpoint(score, *chunk, **recomputed) for chunk in chunks]
+            scores = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
         else:
             scores = [score(*chunk) for chunk in chunks]
     padding = torch.zeros(rollout.mask.shape, device=rollout.ids.device)
@@ -312,10 +307,9 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 
 
 def output_logits(model, body, outputs, hidden: Tensor) -> Tensor:
-    """Logits (N, V) of hidden states (N, hidden size); `outputs` is what `body` returned.
+    """Logits (N, V) of hidden states (N, hidden size), by the model's own forward on a body that returns them.
 
-    The model's own forward makes them, with a body that returns `hidden`: some models scale or cap what their
-    head gives, each in its own way.
+    Some models scale or cap what their head gives, each in its own way. `outputs` is what the body returned.
     """
     body.forward = lambda *args, **kwargs: replace(outputs, last_hidden_state=hidden[None])
     try:
@@ -326,15 +320,12 @@ def output_logits(model, body, outputs, hidden: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------ One training step
 
-
-def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Config",
-           ref_model=None) -> dict[str, float]:
+def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Config", ref_model=None) -> dict:
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
     Micro-batches bound memory and change nothing else: the normalizer is that of the whole batch. Rows whose
     advantage is exactly 0 count in it, but are computed only if the KL needs them. A non-finite loss or
-    gradient makes no step. Raises UserError before the first step if the model scores other log-probs than it
-    sampled.
+    gradient makes no step. Raises UserError, before the first step, if the model scores not what it sampled.
     """
     normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
@@ -344,11 +335,10 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
     if ref_model is not None:
         with torch.no_grad():
             ref_log_probs = [token_log_probs(ref_model, batch, config.temperature) for _, batch in batches]
-    for layer in policy.modules():  # in training mode only, transformers checkpoints layers; dropout stays off
+    for layer in policy.modules():  # transformers checkpoints layers in training mode only; dropout stays off
         layer.training = getattr(layer, "gradient_checkpointing", False)
-    metrics = dict.fromkeys(("loss", "grad_norm", "ratio/clip_frac", "kl/old", "kl/ref",
-                             "sampling/logp_difference", "update/skipped"), 0.0)
-    for epoch in range(config.inner_epochs if batches else 0):
+    skipped = 0
+    for epoch in range(config.inner_epochs):
         optimizer.zero_grad()
         sums = Counter()
         for i, (chunk, batch) in enumerate(batches):
@@ -361,39 +351,34 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
             loss.backward()
             stats |= {"loss": loss, "difference": (old_log_probs[i] - batch.log_probs).abs().sum()}
             sums.update({name: value.item() for name, value in stats.items()})
-        means = {name: sums[name] / sums["tokens"] for name in ("clipped", "kl_old", "kl_ref", "difference")}
-        tolerance = 0.25 if rollout.ids.is_cuda else 0.01  # nats, under bf16 autocast and in float32
-        if not optimizer.state and not means["difference"] <= tolerance:
-            raise UserError(f"this model's log-probs with a cache (to sample) and without (to train) differ by "
-                            f"{means['difference']:.2g} nats a token, so it cannot be trained: take another --model")
+        tokens = max(1, sums["tokens"])
+        difference = sums["difference"] / tokens
+        if not optimizer.state and not difference <= (0.25 if rollout.ids.is_cuda else 0.01):  # bf16, float32
+            raise UserError(f"this model's log-probs with a cache (sampled) and without (scored) differ by "
+                            f"{difference:.2g} nats a token, so it cannot be trained: choose another --model")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if math.isfinite(sums["loss"]) and math.isfinite(norm):
             optimizer.step()
         else:
-            metrics["update/skipped"] += 1
-        metrics |= {"loss": sums["loss"], "grad_norm": norm, "ratio/clip_frac": means["clipped"],
-                    "kl/old": means["kl_old"], "kl/ref": means["kl_ref"],
-                    "sampling/logp_difference": means["difference"]}
-    return metrics
+            skipped += 1
+    return {"loss": sums["loss"], "grad_norm": norm, "ratio/clip_frac": sums["clipped"] / tokens,
+            "kl/old": sums["kl_old"] / tokens, "kl/ref": sums["kl_ref"] / tokens,
+            "sampling/logp_difference": difference, "update/skipped": skipped}
 
 
-def train_step(policy, tokenizer, eos_ids: list[int], optimizer, batch: list["Example"], reward,
+def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list["Example"], reward,
                config: "Config", ref_model=None) -> tuple[dict, list[dict]]:
-    """One step of the algorithm on P examples, numbered as at the top of this file.
-
-    `reward` is a function f(response, reference) -> float. Returns the metrics of the step and its B samples.
-    """
-    P, G = len(batch), config.group_size
-    prompts = [example.ids for example in batch]
-    references = [example.reference for example in batch for _ in range(G)]
+    """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples."""
+    P, G = len(examples), config.group_size
     start = time.perf_counter()
     # 1. Sample.
+    prompts = [example.ids for example in examples]
     rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
     responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
     sampled = time.perf_counter()
     # 2. Verify; --reward-noise then turns some of the rewards around.
-    verified, errors = score_responses(reward, responses, references)
-    rewards = torch.where(torch.rand(P * G) < config.reward_noise, 1 - verified, verified).view(P, G)
+    verified, errors = score_responses(reward, responses, examples)
+    rewards = torch.where(torch.rand(P, G) < config.reward_noise, 1 - verified, verified)
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     # 4. and 5. Preference advantage, joined with the reward.
@@ -403,83 +388,77 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, batch: list["Ex
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
     done = time.perf_counter()
 
-    metrics |= rollout_metrics(rollout, verified.view(P, G), rewards, confidence, advantages, config.beta)
+    metrics |= rollout_metrics(rollout, verified, rewards, confidence, advantages, config.beta)
     metrics |= {"reward/errors": errors, "time/sample": sampled - start, "time/score": scored - sampled,
                 "time/update": done - scored, "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
-    columns = {"prompt": [example.prompt for example in batch for _ in range(G)], "reference": references,
-               "response": responses, "verified": verified.tolist(), "reward": rewards.flatten().tolist(),
-               "confidence": confidence.flatten().tolist(), "advantage": advantages.flatten().tolist()}
-    return metrics, [dict(zip(columns, row)) for row in zip(*columns.values())]
+    columns = {"verified": verified, "reward": rewards, "confidence": confidence, "advantage": advantages}
+    samples = [{"prompt": example.prompt, "reference": example.reference, "response": responses[p * G + g]}
+               | {name: column[p, g].item() for name, column in columns.items()}
+               for p, example in enumerate(examples) for g in range(G)]
+    return metrics, samples
 
 
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
 
-TASK = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)  # without --model
-
-
-def flag(default, text: str):
-    return HfArg(default=default, help=text)
-
-
-def as_flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+# Defaults of the built-in task, which runs without --model
+TASK = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
 
 
 @dataclass
 class Config:
-    """The flags of the command line: group_size is --group-size. __post_init__ sets those whose default is None."""
+    """The flags of the command line: group_size is --group-size, and the comments are its --help."""
 
     # What to train, and on what
-    model: str | None = flag(None, "model directory or hub name; without it the built-in task runs")
-    train_data: str | None = flag(None, "JSON Lines of prompts and reference answers, for --model")
-    eval_data: str | None = flag(None, "the same, held out; without it nothing is evaluated")
-    prompt_key: str = flag("prompt", "key of the prompt in a line")
-    answer_key: str = flag("answer", "key of the reference answer in a line")
-    system_prompt: str = flag("", "system message; without a chat template, text before every prompt")
-    prompt_suffix: str = flag("", "text after every prompt")
-    no_chat_template: bool = flag(False, "use prompts as they are, without the chat template")
-    reward: str = flag("verify:verify", "module:function, called as f(response, reference) -> float")
-    reward_noise: float = flag(0.0, "probability of turning a training reward R into 1 - R")
+    model: str | None = None  # model directory or hub name; without it the built-in task runs
+    train_data: str | None = None  # JSON Lines of prompts and reference answers, for --model
+    eval_data: str | None = None  # the same, held out; without it nothing is evaluated
+    prompt_key: str = "prompt"  # key of the prompt in a line
+    answer_key: str = "answer"  # key of the reference answer in a line
+    system_prompt: str = ""  # system message; without a chat template, text before every prompt
+    prompt_suffix: str = ""  # text after every prompt
+    no_chat_template: bool = False  # use prompts as they are, without the chat template
+    reward: str = "verify:verify"  # module:function, called as f(response, reference) -> float
+    reward_noise: float = 0.0  # probability of turning a training reward R into 1 - R
     # The run
-    output_dir: str | None = flag(None, "the run's own folder, by default runs/<task or model name>")
-    resume: bool = flag(False, "continue from the last checkpoint in --output-dir")
-    save_every: int = flag(20, "steps between checkpoints")
-    seed: int = flag(0, "every random number follows from the seed and the step")
-    device: Literal["auto", "cpu", "cuda"] = flag("auto", "auto is the GPU if there is one")
+    output_dir: str | None = None  # the run's own folder, by default runs/<task or model name>
+    resume: bool = False  # continue from the last checkpoint in --output-dir
+    save_every: int = 20  # steps between checkpoints
+    seed: int = 0  # every random number follows from the seed and the step
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if there is one
     # Sampling and optimization
-    steps: int | None = flag(None, "training steps in all, also after --resume (built-in task 60, else 500)")
-    prompts_per_step: int = flag(16, "prompts in a step (P)")
-    group_size: int = flag(8, "responses to each prompt (G)")
-    max_new_tokens: int | None = flag(None, "longest response in tokens (built-in task 32, else 512)")
-    max_prompt_tokens: int = flag(512, "longer prompts are skipped")
-    temperature: float = flag(1.0, "of sampling and scoring alike")
-    inner_epochs: int = flag(1, "optimizer steps on each rollout")
-    micro_batch: int | None = flag(None, "rows in a forward pass (built-in task 128, else 8)")
-    lr: float | None = flag(None, "AdamW's learning rate (built-in task 1e-4, else 1e-6)")
-    warmup_steps: int = flag(5, "steps in which the learning rate rises linearly")
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
-    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
+    steps: int | None = None  # training steps in all, also after --resume (built-in task 60, else 500)
+    prompts_per_step: int = 16  # prompts in a step (P)
+    group_size: int = 8  # responses to each prompt (G)
+    max_new_tokens: int | None = None  # longest response in tokens (built-in task 32, else 512)
+    max_prompt_tokens: int = 512  # longer prompts are skipped
+    temperature: float = 1.0  # of sampling and scoring alike
+    inner_epochs: int = 1  # optimizer steps on each rollout
+    micro_batch: int | None = None  # rows in a forward pass (built-in task 128, else 8)
+    lr: float | None = None  # AdamW's learning rate (built-in task 1e-4, else 1e-6)
+    warmup_steps: int = 5  # steps in which the learning rate rises linearly
+    max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
+    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     # The method
-    alpha: float = flag(0.1, "weight of the preference advantage; 0 is GRPO")
-    beta: float = flag(10.0, "sharpness of the comparison, per nat of mean token log-prob")
-    keep_uniform_groups: bool = flag(False, "preference alone pushes groups of equal rewards")
-    clip_low: float = flag(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = flag(0.28, "the ratio is clipped above 1 + clip_high")
-    aggregation: Literal["token", "sequence"] = flag("token", "what has equal weight: tokens or responses")
-    kl_coef: float = flag(0.0, "weight of the KL to the initial model, which then stays in memory")
+    alpha: float = 0.1  # weight of the preference advantage; 0 is GRPO
+    beta: float = 10.0  # sharpness of the comparison, per nat of mean token log-prob
+    keep_uniform_groups: bool = False  # preference alone pushes groups of equal rewards
+    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
+    clip_high: float = 0.28  # the ratio is clipped above 1 + clip_high
+    aggregation: Literal["token", "sequence"] = "token"  # what has equal weight: tokens or responses
+    kl_coef: float = 0.0  # weight of the KL to the initial model, which then stays in memory
     # Evaluation, and the built-in task
-    eval_every: int = flag(10, "steps between evaluations")
-    eval_rows: int = flag(256, "rows of the evaluation data that are used")
-    eval_samples: int = flag(8, "samples k of each row for mean@k and pass@k; 0: greedy only")
-    task_teacher_error: float = flag(0.9, "fraction of demonstrations in which the teacher forgets to carry")
-    task_warmup_steps: int = flag(1200, "steps of imitating the teacher before RL")
+    eval_every: int = 10  # steps between evaluations
+    eval_rows: int = 256  # rows of the evaluation data that are used
+    eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
+    task_teacher_error: float = 0.9  # fraction of demonstrations in which the teacher forgets to carry
+    task_warmup_steps: int = 1200  # steps of imitating the teacher before RL
 
     def __post_init__(self):
-        name = Path(self.model).resolve().name if self.model else ""
-        own = dict(output_dir=f"runs/{name}", steps=500, max_new_tokens=512, micro_batch=8, lr=1e-6)
-        for key, value in (own if self.model else TASK).items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
+        own = dict(output_dir=f"runs/{Path(str(self.model)).resolve().name}", steps=500, max_new_tokens=512,
+                   micro_batch=8, lr=1e-6)
+        for name, value in (own if self.model else TASK).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 class UserError(Exception):
@@ -489,8 +468,8 @@ class UserError(Exception):
 def check(config: Config) -> None:
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
     for names, wanted, holds in [
-        ("steps prompts_per_step max_new_tokens max_prompt_tokens inner_epochs micro_batch save_every eval_every "
-         "eval_rows", "at least 1", lambda x: x >= 1),
+        ("steps prompts_per_step max_new_tokens max_prompt_tokens inner_epochs micro_batch save_every "
+         "eval_every eval_rows", "at least 1", lambda x: x >= 1),
         ("group_size", "at least 2: responses are compared", lambda x: x >= 2),
         ("lr temperature beta max_grad_norm", "above 0", lambda x: 0 < x < math.inf),
         ("clip_high kl_coef eval_samples warmup_steps task_warmup_steps", "at least 0", lambda x: x >= 0),
@@ -500,21 +479,21 @@ def check(config: Config) -> None:
     ]:
         for name in names.split():
             if not holds(getattr(config, name)):
-                raise UserError(f"{as_flag(name)} {getattr(config, name)}: must be {wanted}")
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {wanted}")
     if bool(config.model) != bool(config.train_data) or config.eval_data and not config.model:
         raise UserError("--model and --train-data need each other, and --eval-data needs both")
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU; --device cpu does without")
+        raise UserError("--device cuda: torch finds no GPU; leave it out to run on the CPU")
     out = Path(config.output_dir)
     if config.resume:
-        if not (out / "checkpoint" / "state.pt").exists():
+        if not (out / "checkpoint/state.pt").exists():
             raise UserError(f"--resume: no checkpoint in {out}")
-        saved, free = json.loads((out / "config.json").read_text()), {"resume", "steps", "device", "save_every"}
-        changed = [f"{as_flag(name)} {value} (was {saved.get(name)})" for name, value in asdict(config).items()
-                   if name not in free and value != saved.get(name)]
-        if changed:
-            raise UserError(f"--resume: the run was started with other settings: {', '.join(changed)}")
-    elif (config.model or out != Path(TASK["output_dir"])) and out.exists() and (out.is_file() or any(out.iterdir())):
+        saved = json.loads((out / "config.json").read_text())
+        for name, value in asdict(config).items():
+            if value != saved.get(name) and name not in ("resume", "steps", "device", "save_every"):
+                name = name.replace("_", "-")
+                raise UserError(f"--resume: this run has another --{name}: {saved.get(name)}, not {value}")
+    elif out.is_file() or out.exists() and any(out.iterdir()) and config.output_dir != TASK["output_dir"]:
         raise UserError(f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
 
 
@@ -532,10 +511,9 @@ def warn_once(topic, message: str) -> None:
 
 def load_reward(spec: str):
     """The reward function f(response, reference) -> float named module:function. Raises UserError."""
-    module, _, name = spec.partition(":")
     sys.path.append(os.getcwd())
     try:
-        reward = getattr(importlib.import_module(module), name)
+        reward = pkgutil.resolve_name(spec)
     except Exception as error:  # the user's module runs when it is imported, and may raise anything
         raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here") from error
     if not callable(reward):
@@ -543,37 +521,35 @@ def load_reward(spec: str):
     return reward
 
 
-def score_responses(reward, responses: list[str], references: list[str]) -> tuple[Tensor, int]:
-    """Rewards (B,) float32, and how many calls failed: raised, or gave no finite number. Those score 0."""
-
-    def call(response: str, reference: str) -> float:
+def score_responses(reward, responses: list[str], examples: list["Example"]) -> tuple[Tensor, int]:
+    """Rewards (P, G) float32 of G responses to each example, and how many calls failed, which count as 0."""
+    references = [example.reference for example in examples for _ in range(len(responses) // len(examples))]
+    rewards = []
+    for response, reference in zip(responses, references, strict=True):
         try:
-            return float(reward(response, reference))
+            rewards.append(float(reward(response, reference)))
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
+            rewards.append(math.nan)
             warn_once(reward, "a call of the reward function failed; such calls score 0 and are counted in "
                               f"reward/errors. The first:\n{traceback.format_exc()}")
-            return math.nan
-
-    rewards = torch.tensor([call(*pair) for pair in zip(responses, references, strict=True)])
+    rewards = torch.tensor(rewards).view(len(examples), -1)
     failed = ~rewards.isfinite()
     return rewards.masked_fill(failed, 0), int(failed.sum())
 
 
-def load_model(path: str, device: torch.device):
-    """The model, its tokenizer, and the ids of the tokens that end a response. Raises UserError.
-
-    Parameters are float32 whatever the checkpoint holds: in bf16 an AdamW step of 1e-6 is rounded away.
-    """
+def load_model(path: str, device: str):
+    """The model, its tokenizer, and the ids of the tokens that end a response. Raises UserError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-        token_log_probs(model, sample(model, [[0], [0, 0]], 2, 2, []))  # what cannot be trained here fails here
+        token_log_probs(model, sample(model, [[0], [0, 0]], 2, 2, []))  # what cannot be trained raises here
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}") from error
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
-        raise UserError(f"--model {path}: no eos token in its tokenizer or generation_config.json to end a response")
+        raise UserError(f"--model {path}: no eos token in its tokenizer or generation_config.json")
     return model, tokenizer, sorted(ends)
 
 
@@ -583,53 +559,59 @@ class Example(NamedTuple):
     ids: list[int]  # the whole prompt in tokens: system prompt, chat template and suffix included
 
 
-def load_examples(path: str, tokenizer, config: Config) -> list[Example]:
-    """Reads JSON Lines. A reference that marks its answer, as GSM8K's "#### 18", is cut to it. Raises UserError."""
-    examples, lines = [], Path(path).read_bytes().splitlines()
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    for number, line in tqdm(rows, desc=f"reading {Path(path).name}", leave=False):
+def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Example]:
+    """Reads JSON Lines; cuts a reference to the answer that it marks, as in GSM8K's "#### 18". Raises UserError.
+
+    Prompts that leave no room for max_new_tokens in the model's context are skipped with those that are too long.
+    """
+    examples, skipped, keys = [], 0, (config.prompt_key, config.answer_key)
+    longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
+    lines = Path(path).read_bytes().splitlines()
+    for number, line in enumerate(tqdm(lines, desc=f"reading {Path(path).name}", leave=False), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            prompt, answer = row[config.prompt_key], str(row[config.answer_key])
-        except ValueError as error:  # also of bytes that are not UTF-8
+        except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        except (KeyError, TypeError) as error:
-            keys = sorted(row) if isinstance(row, dict) else []
-            raise UserError(f"{path}, line {number}: no {error} among the keys {keys}; "
-                            "set --prompt-key, --answer-key") from error
-        if not isinstance(prompt, str):
-            raise UserError(f"{path}, line {number}: {config.prompt_key!r} is not a string")
+        prompt, answer = map(row.get, keys) if isinstance(row, dict) else (None, None)
+        if not isinstance(prompt, str) or answer is None:
+            raise UserError(f"{path}, line {number}: needs a string {keys[0]!r} and an {keys[1]!r}, has "
+                            f"{list(row)}; set --prompt-key and --answer-key")
         if tokenizer.chat_template and not config.no_chat_template:
             messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
             messages.append({"role": "user", "content": prompt + config.prompt_suffix})
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         else:
             ids = tokenizer(config.system_prompt + prompt + config.prompt_suffix).input_ids
-        if 0 < len(ids) <= config.max_prompt_tokens:
-            examples.append(Example(prompt, extract_answer(answer, strict=True) or answer, ids))
-    if skipped := len(rows) - len(examples):
-        print(f"{path}: skipped {skipped} prompts, empty or of more than {config.max_prompt_tokens} tokens "
-              "(--max-prompt-tokens)")
+        if 0 < len(ids) <= longest:
+            examples.append(Example(prompt, extract_answer(str(answer), strict=True) or str(answer), ids))
+        else:
+            skipped += 1
+    if skipped:
+        print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
     if not examples:
-        raise UserError(f"{path}: no usable row")
+        raise UserError(f"{path}: no usable row; --max-prompt-tokens and the model's context of {context} less "
+                        f"--max-new-tokens leave {longest} tokens for a prompt")
     return examples
 
 
 # ------------------------------------------------------------------------------------- Metrics and evaluation
 
-
-def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confidence: Tensor, advantages: Tensor,
-                    beta: float) -> dict[str, float | None]:
-    """What a step's metrics say of its rollout, from tensors (P, G); see the README. The mean of nothing is None."""
+def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confidence: Tensor,
+                    advantages: Tensor, beta: float) -> dict[str, float | None]:
+    """What a step's metrics say of its rollout, from tensors (P, G); the mean of nothing is None."""
 
     def mean(x: Tensor) -> float | None:
         return x.float().mean().item() if x.numel() else None
 
-    correct, grpo, preference = verified > 0.5, group_advantage(rewards), preference_advantage(confidence, beta)
+    correct, grpo = verified > 0.5, group_advantage(rewards)
     surest_is_correct = correct.gather(1, confidence.argmax(dim=1, keepdim=True)).squeeze(1)
+    preference = preference_advantage(confidence, beta)
     agreement = grpo * preference
     return {
-        "reward/mean": mean(rewards), "reward/verified": mean(verified), "reward/std": mean(rewards.std(dim=1)),
+        "reward/mean": mean(rewards), "reward/verified": mean(verified),
+        "reward/std": mean(rewards.std(dim=1)),
         "groups/uniform_frac": mean((grpo == 0).all(dim=1)),
         "advantage/abs_mean": mean(advantages.abs()),
         "preference/abs_mean": mean(preference.abs()),
@@ -644,29 +626,30 @@ def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confide
 def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], reward, config: Config):
     """Mean reward of greedy responses; with eval_samples k, also the mean of k samples and of the best of k.
 
-    Samples have a random stream of their own, the same at each call. Returns metrics and greedy responses.
+    Samples have a random stream of their own. Returns metrics, and the greedy responses with their rewards.
     """
+    if not examples:
+        return {}, []
     generator = torch.Generator().manual_seed(config.seed)
 
-    def run(k: int, temperature: float) -> tuple[Tensor, list[str]]:  # rewards (rows, k), responses
+    def respond(k: int, temperature: float) -> tuple[list[str], Tensor]:  # responses, rewards (examples, k)
         responses, rows = [], max(1, config.prompts_per_step * config.group_size // k)
         for start in tqdm(range(0, len(examples), rows), desc="evaluating", leave=False):
             prompts = [example.ids for example in examples[start:start + rows]]
             rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
             responses += tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
-        references = [example.reference for example in examples for _ in range(k)]
-        return score_responses(reward, responses, references)[0].view(-1, k), responses
+        return responses, score_responses(reward, responses, examples)[0]
 
-    rewards, greedy = run(1, temperature=0)
+    greedy, rewards = respond(1, temperature=0)
     metrics = {"eval/accuracy": rewards.mean().item()}
     if config.eval_samples:
-        rewards, _ = run(config.eval_samples, config.temperature)
-        metrics |= {"eval/mean_at_k": rewards.mean().item(), "eval/pass_at_k": rewards.amax(dim=1).mean().item()}
-    return metrics, greedy
+        _, sampled = respond(config.eval_samples, config.temperature)
+        metrics["eval/mean_at_k"] = sampled.mean().item()
+        metrics["eval/pass_at_k"] = sampled.amax(dim=1).mean().item()
+    return metrics, list(zip(greedy, rewards.flatten().tolist()))
 
 
 # --------------------------------------------------------------------------------------------------- Training
-
 
 def batch_indices(examples: int, step: int, count: int, seed: int) -> list[int]:
     """The examples of step 1, 2, ...: every one of them once an epoch, each epoch in an order of its own."""
@@ -683,7 +666,7 @@ def writing(path: Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(f"{path} cannot be written: {reason}; make room, or choose another --output-dir") from error
+        raise UserError(f"{path} cannot be written: {reason}; make room or change --output-dir") from error
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -692,7 +675,7 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def replace_file(path: Path, write) -> None:
-    """Calls write(another path), then renames: at every moment the file at path is whole, the old or the new one."""
+    """Calls write(another path), then renames: at every moment the file at path is whole, old or new."""
     with writing(path):
         write(path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
@@ -705,7 +688,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def until_interrupted(steps):
-    """Yields steps. Ctrl-C or SIGTERM lets the step in hand finish, and ends them; a second one does not wait."""
+    """Yields steps. Ctrl-C or SIGTERM lets the step in hand finish and ends them; a second does not wait."""
     signals = []
 
     def handler(number, frame):
@@ -716,62 +699,56 @@ def until_interrupted(steps):
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield from itertools.takewhile(lambda step: not signals, steps)
+        for step in steps:
+            yield step
+            if signals:
+                break
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
 
 
 def train(config: Config) -> dict[str, float]:
-    """Trains, evaluates and saves as config says. Returns the metrics of the last evaluation. Raises UserError.
+    """Trains, evaluates and saves as config says; returns the last evaluation's metrics. Raises UserError.
 
     Every random number of a step follows from (seed, step), so a resumed run repeats an unbroken one.
     """
     check(config)
     WARNED.clear()
     out, reward = Path(config.output_dir), load_reward(config.reward)
-    gpu = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
     source, train_data, eval_data = config.model, config.train_data, config.eval_data
     if not config.model:  # from here on the built-in task is a model directory and two files like any other
-        source, train_data, eval_data = (str(out / "task" / name) for name in ("model", "train.jsonl", "eval.jsonl"))
         if not config.resume:
-            if out.exists():
-                aside = next(path for n in itertools.count(1) if not (path := Path(f"{out}-{n}")).exists())
-                print(f"the earlier run in {out} is now {out.rename(aside)}")
-            write_task(out / "task", config, device)
-    policy, tokenizer, eos_ids = load_model(source, device)
-    ref_model = copy.deepcopy(policy) if config.kl_coef else None
+            write_task(out, config)
+        source, train_data, eval_data = (f"{out}/task/{x}" for x in ("model", "train.jsonl", "eval.jsonl"))
+    policy, tokenizer, eos_ids = load_model(source, config.device)
+    ref_model = load_model(source, config.device)[0] if config.kl_coef else None
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-    examples = load_examples(train_data, tokenizer, config)
-    held_out = load_examples(eval_data, tokenizer, config)[:config.eval_rows] if eval_data else []
-    longest = max(len(example.ids) for example in examples + held_out) + config.max_new_tokens
-    context = getattr(policy.config, "max_position_embeddings", longest)
-    if longest > context:
-        raise UserError(f"prompt and response reach {longest} tokens, the model's context {context}: "
-                        "lower --max-new-tokens or --max-prompt-tokens")
+    context = getattr(policy.config, "max_position_embeddings", sys.maxsize)
+    examples = load_examples(train_data, tokenizer, config, context)
+    held_out = load_examples(eval_data, tokenizer, config, context)[:config.eval_rows] if eval_data else []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
 
-    def measure() -> tuple[dict[str, float], list[str]]:
-        return evaluate(policy, tokenizer, eos_ids, held_out, reward, config) if held_out else ({}, [])
+    measure = functools.partial(evaluate, policy, tokenizer, eos_ids, held_out, reward, config)
 
     def save() -> None:
-        state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                 "skipped": skipped, "evaluations": (before, after), "sizes": [log.stat().st_size for log in logs]}
-        replace_file(out / "checkpoint" / "state.pt", lambda path: torch.save(state, path))
+        state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                 "before": before, "after": after, "log_sizes": [log.stat().st_size for log in logs]}
+        replace_file(out / "checkpoint/state.pt", lambda path: torch.save(state, path))
 
-    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2) + "\n"))
+    settings = json.dumps(asdict(config), indent=2)
+    replace_file(out / "config.json", lambda path: path.write_text(f"{settings}\n"))
     if config.resume:
-        state = torch.load(out / "checkpoint" / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(out / "checkpoint/state.pt", map_location=config.device, weights_only=True)
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-        step, skipped, before, after = state["step"], state["skipped"], *state["evaluations"]
-        for log, size in zip(logs, state["sizes"]):
+        step, before, after = state["step"], state["before"], state["after"]
+        for log, size in zip(logs, state["log_sizes"]):
             os.truncate(log, size)  # the steps after the checkpoint will be taken, and logged, again
     else:
-        step, skipped, before = 0, 0, measure()
+        step, before = 0, measure()
         after = before
         append(metrics_log, [{"step": 0} | before[0]])
         append(samples_log, [])
@@ -782,23 +759,18 @@ def train(config: Config) -> dict[str, float]:
         set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         optimizer.param_groups[0]["lr"] = lr = config.lr * min(1, step / max(1, config.warmup_steps))
         indices = batch_indices(len(examples), step, config.prompts_per_step, config.seed)
-        batch = [examples[i] for i in indices]
-        metrics, samples = train_step(policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
+        metrics, samples = train_step(
+            policy, tokenizer, eos_ids, optimizer, [examples[i] for i in indices], reward, config, ref_model)
         if step % config.eval_every == 0 or step == config.steps:
             after = measure()
             metrics |= after[0]
         append(metrics_log, [{"step": step, "lr": lr} | metrics])
         append(samples_log, [{"step": step} | row for row in samples[:config.group_size]])
-        names = ["reward/verified", "entropy", "preference/agreement", *after[0]]
-        bar.set_postfix({name.split("/")[-1]: f"{(after[0] | metrics)[name]:.2f}" for name in names})
+        shown = ["reward/verified", "entropy", "preference/agreement", *after[0]]
+        bar.set_postfix({name.split("/")[-1]: f"{(after[0] | metrics)[name]:.2f}" for name in shown})
         if metrics["length/truncated_frac"] > 0.5:
-            warn_once("truncated", f"step {step}: {metrics['length/truncated_frac']:.0%} of the responses were cut at "
-                      f"--max-new-tokens {config.max_new_tokens}, and are verified as they stand; raise it if "
-                      "answers get lost")
-        skipped = skipped + 1 if metrics["update/skipped"] else 0
-        if skipped == 10:
-            raise UserError(f"ten steps in a row had a non-finite loss or gradient: lower --lr; {out}/checkpoint "
-                            "is from before")
+            warn_once("truncated", f"step {step}: over half of the responses were cut at --max-new-tokens "
+                      f"{config.max_new_tokens}, and verified as they stand; raise it if answers get lost")
         if step % config.save_every == 0 and step < config.steps:
             save()
     save()
@@ -806,85 +778,88 @@ def train(config: Config) -> dict[str, float]:
         raise KeyboardInterrupt
 
     save_model(policy, tokenizer, out / "model")
-    report(held_out, reward, before, after)
+    for name, value in after[0].items():
+        print(f"{name}: {before[0][name]:.3f} before, {value:.3f} after ({len(held_out)} held-out prompts)")
+    if held_out:
+        gains = [now - was for (_, was), (_, now) in zip(before[1], after[1])]
+        i = gains.index(max(gains))
+        print(f"{held_out[i].prompt}   (answer: {held_out[i].reference})\n  before: {before[1][i][0]}\n"
+              f"  after:  {after[1][i][0]}")
     print(f"model: {out / 'model'}\nlog: {metrics_log}, {samples_log}")
     return after[0]
 
 
-def report(examples: list[Example], reward, before: tuple[dict, list[str]], after: tuple[dict, list[str]]) -> None:
-    """Prints the evaluations before and after, and an example that was wrong and is correct now, if there is one."""
-    for name, value in after[0].items():
-        print(f"{name}: {before[0][name]:.3f} before, {value:.3f} after ({len(examples)} held-out prompts)")
-    if examples:
-        references = [example.reference for example in examples]
-        was, now = (score_responses(reward, responses, references)[0] for _, responses in (before, after))
-        i = int((now - was).argmax())
-        print(f"{examples[i].prompt}   (answer: {references[i]})\n  before: {before[1][i]}\n  after:  {after[1][i]}")
-
-
 # ---------------------------------------------------------------------------------------------- Built-in task
 
-
 def worked_addition(a: int, b: int, carry: bool = True) -> str:
-    """47+85 by columns, 7+5=12 4+8=12+1=13 #### 132; or by one who forgets to carry, 7+5=12 4+8=12+0=12 #### 122."""
+    """47+85 by columns: 7+5=12 4+8=12+1=13 #### 132, or without the carry: 7+5=12 4+8=12+0=12 #### 122."""
     units, tens = a % 10 + b % 10, a // 10 + b // 10
     carried = int(carry and units > 9)
     final = 10 * (tens + carried) + units % 10
     return f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}+{carried}={tens + carried} #### {final}"
 
 
-def write_task(folder: Path, config: Config, device: torch.device) -> None:
-    """Writes a tiny Qwen2 model that has imitated a sloppy teacher, and the sums to train and to evaluate it on.
+def write_task(out: Path, config: Config) -> None:
+    """Writes to out/task a tiny Qwen2 that has imitated a sloppy teacher, and sums to train and test it on.
 
-    The teacher forgets the carry in task_teacher_error of the demonstrations. So the student can add, is sure of a
-    wrong answer and seldom gives the correct one: a confident error and an undervalued good response, in small [O].
+    The teacher forgets the carry in task_teacher_error of the demonstrations. So the student can add, is sure
+    of a wrong answer and seldom gives the correct one: a confident error and an undervalued response [O].
     """
+    if out.exists():
+        n = 1
+        while (aside := Path(f"{out}-{n}")).exists():
+            n += 1
+        print(f"the earlier run in {out} is now {out.rename(aside)}")
     set_seed(config.seed)
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.shuffle(sums)
     held_out, sums = sums[:1024], sums[1024:]
     for name, part in (("eval", held_out), ("train", sums)):
-        append(folder / f"{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part])
+        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part]
+        append(out / "task" / f"{name}.jsonl", rows)
     # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
     vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=257, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=256,
-        pad_token_id=256, bos_token_id=None)).to(device)
+        pad_token_id=256, bos_token_id=None)).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in tqdm(range(config.task_warmup_steps), desc="imitating the teacher"):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50, 2 * (1 - step / config.task_warmup_steps))
+        rise, fall = (step + 1) / 50, 2 * (1 - step / config.task_warmup_steps)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, rise, fall)
         texts = [f"{a}+{b}=" + worked_addition(a, b, carry=random.random() >= config.task_teacher_error)
                  + tokenizer.eos_token for a, b in random.sample(sums, 32)]
-        batch = tokenizer(texts, padding=True, return_tensors="pt").to(device)
+        batch = tokenizer(texts, padding=True, return_tensors="pt").to(config.device)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         labels[:, :len("47+85=")] = -100  # the teacher shows answers, not prompts
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
-    save_model(model, tokenizer, folder / "model")
+    save_model(model, tokenizer, out / "task" / "model")
 
 
 # ----------------------------------------------------------------------------------------------- Command line
 
-
 def main(arguments: list[str] | None = None) -> int:
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0],
                               usage="python icpo.py [--flag value ...], where --help lists the flags")
+    comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for action in parser._actions:
+        action.help = comments.get(action.dest, action.help)
     try:
         train(Config(**vars(parser.parse_args(arguments))))
         return 0
     except KeyboardInterrupt:
-        print("\nicpo.py: stopped; once training has begun, the same command with --resume continues from the last "
-              "checkpoint", file=sys.stderr)
+        print("\nicpo.py: stopped; once training has begun, the same command with --resume continues",
+              file=sys.stderr)
         return 130
     except UserError as error:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
             raise
         message = ("out of memory: lower --micro-batch, --prompts-per-step or --max-new-tokens, or add "
                    "--gradient-checkpointing")
