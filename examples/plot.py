@@ -2,7 +2,7 @@
 
     python examples/plot.py runs/a runs/b          writes plot.png, or what --output names; needs matplotlib
 
-Thin lines are steps, thick ones the means of the five steps up to there, dots the greedy accuracy on held-out prompts.
+Thin lines are steps, thick ones means of the last five; dots are the greedy accuracy on held-out prompts.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
                     continue
                 ax.plot(steps, values, style, color=color, alpha=0.3, linewidth=0.7)
                 means = [values[max(0, n - 4):n + 1].mean() for n in range(len(values))]
-                ax.plot(steps, means, style, color=color, linewidth=1.8, label=label if style == "-" else None)
+                ax.plot(steps, means, style, color=color, linewidth=1.8, label=label)
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.25)
     axes[0, 0].set_ylim(0, 1.03)

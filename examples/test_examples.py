@@ -18,7 +18,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------- Times tables, plot
+# ----------------------------------------------------------------------------------------- Times tables, plot
 
 
 def test_times_tables_are_what_the_shown_lines_make(tmp_path, monkeypatch):
@@ -38,13 +38,14 @@ def test_times_tables_are_what_the_shown_lines_make(tmp_path, monkeypatch):
 
 
 def metrics(folder, steps):
-    """A run's log, with the gaps that a log has: no evaluation at most steps, no wrong response at the last."""
+    """A run's log, with the gaps that a log has: evaluated at step 0 only, no wrong response at the last."""
     folder.mkdir()
     rows = [{"step": 0, "eval/accuracy": 0.3}]
     for step in range(1, steps + 1):
-        rows.append({"step": step, "reward/verified": step / steps, "entropy": 1.0, "confidence/correct": -0.1,
-                     "confidence/wrong": -1.0 if step < steps else None, "preference/agreement": -0.5,
-                     "length/mean": 9.0, "length/truncated_frac": 0.1})
+        rows.append({
+            "step": step, "reward/verified": step / steps, "entropy": 1.0, "confidence/correct": -0.1,
+            "confidence/wrong": -1.0 if step < steps else None, "preference/agreement": -0.5,
+            "length/mean": 9.0, "length/truncated_frac": 0.1})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
@@ -60,7 +61,7 @@ def test_plot_draws_runs_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
             assert plot.main([run, "--output", str(tmp_path / "no.png")]) == 2
             error = capsys.readouterr().err
             assert error.startswith("plot.py: error:") and error.count("\n") == 1 and run in error
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "matplotlib" and found(name))
     assert plot.main([*runs, "--output", str(tmp_path / "no.png")]) == 2
     assert capsys.readouterr().err == "plot.py: error: matplotlib is missing: pip install matplotlib\n"
     assert not (tmp_path / "no.png").exists()

@@ -104,6 +104,8 @@ def other_form(form: str):
 def train(variant=None, **settings) -> list[dict]:
     """The rows of metrics.jsonl of a run that leaves nothing else; variant stands in for icpo_advantage."""
     import icpo
+    import torch
+    torch.set_num_threads(1)  # two runs go at a time
     own = icpo.icpo_advantage
     with tempfile.TemporaryDirectory(dir=RUNS) as out:
         try:
@@ -190,6 +192,17 @@ def interval(values) -> tuple[float, float]:
     return float(values.mean()), float(T975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5)
 
 
+def level(values) -> str:
+    return "{:.3f} ± {:.3f}".format(*interval(values))
+
+
+def difference(values, better: int) -> str:
+    """Of differences: mean and 95 % interval; ✓ better or ✗ worse if it leaves out 0, better being the better sign."""
+    mean, half = interval(values)
+    mark = ("✓ " if mean * better > 0 else "✗ ") if better and abs(mean) > half else ""
+    return f"{mark}{mean:+.3f} ± {half:.3f}"
+
+
 def steps_to(curve: list[float], level: float) -> int:
     """The first step at which the mean of the last five reaches the level, else one more than there are."""
     means = np.convolve(curve, np.ones(5) / 5, mode="valid")
@@ -216,8 +229,8 @@ def table(first: str, lines: list[tuple[str, list[str]]]) -> str:
 
 def levels(rows: list[dict], name: str) -> str:
     """Mean and 95 % interval of a measure: a line for each method, a column for each cell."""
-    return table(name, [(method, ["{:.3f} ± {:.3f}".format(*interval([measure(row, name) for row in cell]))
-                                  for cell in cells(rows, method)]) for method in METHODS])
+    return table(name, [(method, [level([measure(row, name) for row in cell]) for cell in cells(rows, method)])
+                        for method in METHODS])
 
 
 def differences(rows: list[dict], measures: dict[str, int]) -> str:
@@ -225,11 +238,8 @@ def differences(rows: list[dict], measures: dict[str, int]) -> str:
     lines = []
     for name, better in measures.items():
         for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "GRPO"):
-            fields = []
-            for own, base in zip(cells(rows, method), cells(rows, "GRPO")):
-                mean, half = interval([measure(a, name) - measure(b, name) for a, b in zip(own, base, strict=True)])
-                mark = ("✓ " if mean * better > 0 else "✗ ") if abs(mean) > half else ""
-                fields.append(f"{mark}{mean:+.3f} ± {half:.3f}")
+            fields = [difference([measure(a, name) - measure(b, name) for a, b in zip(own, base, strict=True)], better)
+                      for own, base in zip(cells(rows, method), cells(rows, "GRPO"))]
             lines.append((method if len(measures) == 1 else f"{name}: {method}", fields))
     return table("minus GRPO's" if len(measures) > 1 else f"{name}, minus GRPO's", lines)
 
