@@ -4,7 +4,7 @@
 
 What `preference/agreement` shows in the first steps of a run, by task and temperature: 8 steps of 8 prompts
 and 8 responses to each, at a learning rate at which no weight moves. A line of the table is one of
-premise.jsonl, and is not measured again. real_model.py says where the weights come from; --model takes another
+premise.jsonl, and is not measured again. real_model.py says where the weights come from; --model takes a
 folder or hub name.
 """
 

@@ -111,6 +111,8 @@ def train(variant=None, **settings) -> list[dict]:
         try:
             icpo.icpo_advantage = variant or own
             quietly(icpo.train, icpo.Config(output_dir=f"{out}/run", save_every=1000, **settings))
+        except KeyboardInterrupt:
+            sys.exit(130)  # of a worker that is told to stop, a traceback shows nothing
         finally:
             icpo.icpo_advantage = own
         return [json.loads(line) for line in open(f"{out}/run/metrics.jsonl")]
