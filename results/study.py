@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, WARM_STARTS = ROOT / "results", ROOT / "runs" / "study"
+RESULTS, RUNS = ROOT / "results", ROOT / "runs"
+WARM_STARTS = RUNS / "study"
 REGIMES = {
     "overconfident 90 %": dict(task_teacher_error=0.9),  # the carry in one answer of ten, the arithmetic learned
     "overconfident 98 %": dict(task_teacher_error=0.98),  # in one of a hundred
@@ -100,20 +101,31 @@ def other_form(form: str):
     return advantage
 
 
-def run(job: dict) -> dict:
-    """One run: the job with its curves, evaluations and means."""
-    settings, task, own = dict(job["settings"]), task_folder(job["regime"], job["seed"]), icpo.icpo_advantage
-    if form := settings.pop("form", None):
-        icpo.icpo_advantage = other_form(form)
-    with tempfile.TemporaryDirectory() as out:
+def train(variant=None, **settings) -> list[dict]:
+    """The rows of metrics.jsonl of a run that leaves nothing else; variant stands in for icpo_advantage."""
+    import icpo
+    import torch
+    torch.set_num_threads(1)  # two runs go at a time
+    own = icpo.icpo_advantage
+    with tempfile.TemporaryDirectory(dir=RUNS) as out:
         try:
-            quietly(icpo.train, icpo.Config(
-                model=str(task / "model"), train_data=str(task / "train.jsonl"), output_dir=f"{out}/run", seed=job["seed"],
-                eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=128, save_every=1000,
-                steps=60, reward_noise=job["noise"], max_new_tokens=32, micro_batch=32, lr=1e-4, device="cpu", **settings))
+            icpo.icpo_advantage = variant or own
+            quietly(icpo.train, icpo.Config(output_dir=f"{out}/run", save_every=1000, **settings))
+        except KeyboardInterrupt:
+            sys.exit(130)  # of a worker that is told to stop, a traceback shows nothing
         finally:
             icpo.icpo_advantage = own
-        rows = [json.loads(line) for line in open(f"{out}/run/metrics.jsonl")]
+        return [json.loads(line) for line in open(f"{out}/run/metrics.jsonl")]
+
+
+def run(job: dict) -> dict:
+    """One run: the job with its curves, evaluations and means."""
+    settings, task = dict(job["settings"]), task_folder(job["regime"], job["seed"])
+    form = settings.pop("form", None)
+    rows = train(
+        other_form(form) if form else None, model=str(task / "model"), train_data=str(task / "train.jsonl"), seed=job["seed"],
+        eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=128, steps=60,
+        reward_noise=job["noise"], max_new_tokens=32, micro_batch=32, lr=1e-4, device="cpu", **settings)
 
     def curve(name: str, digits: int) -> list:
         return [None if row[name] is None else round(row[name], digits) for row in rows[1:]]
@@ -134,23 +146,35 @@ def run(job: dict) -> dict:
     return result
 
 
-def complete(log: Path, methods: dict, seeds: range, evaluate: bool) -> list[dict]:
-    """The rows of a log, after running what it lacks."""
-    jobs = [dict(regime=regime, noise=noise, method=method, seed=seed, settings=settings, evaluate=evaluate)
+def warm_starts(jobs: list[dict], pool) -> None:
+    """Makes the warm starts of jobs that are missing."""
+    WARM_STARTS.mkdir(parents=True, exist_ok=True)
+    starts = list(dict.fromkeys((job["regime"], job["seed"]) for job in jobs))
+    for _ in tqdm(pool.imap_unordered(warm_start, starts), total=len(starts), desc="warm starts"):
+        pass
+
+
+def plan(methods: dict, seeds: range, evaluate: bool) -> list[dict]:
+    """The jobs: the more noisy ones first, whole seeds one after another."""
+    return [dict(regime=regime, noise=noise, method=method, seed=seed, settings=settings, evaluate=evaluate)
             for seed in seeds for noise in NOISES[::-1] for regime in REGIMES for method, settings in methods.items()]
 
+
+def complete(log: Path, jobs: list[dict], run, prepare=None) -> list[dict]:
+    """The rows of the jobs, each a job and what run(job) found, in their order: what the log lacks runs, two at a time."""
+
     def key(row: dict) -> str:
-        return json.dumps([row[name] for name in ("regime", "noise", "method", "seed", "settings")])
+        return json.dumps([row.get(name) for name in jobs[0]])
 
     rows = {key(row): row for row in map(json.loads, log.open())} if log.exists() else {}
     missing = [job for job in jobs if key(job) not in rows]
     if missing:
-        WARM_STARTS.mkdir(parents=True, exist_ok=True)
-        starts = list(dict.fromkeys((job["regime"], job["seed"]) for job in missing))
+        RUNS.mkdir(exist_ok=True)
         with multiprocessing.get_context("spawn").Pool(2) as pool, log.open("a") as file:
-            for _ in tqdm(pool.imap_unordered(warm_start, starts), total=len(starts), desc="warm starts"):
-                pass
-            for row in tqdm(pool.imap_unordered(run, missing), total=len(missing), desc="runs"):
+            if prepare:
+                prepare(missing, pool)
+            done = pool.imap_unordered(run, missing)
+            for row in tqdm(done, desc="runs", initial=len(jobs) - len(missing), total=len(jobs)):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 rows[key(row)] = row
@@ -168,6 +192,17 @@ def interval(values) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval."""
     values = np.asarray(values, dtype=float)
     return float(values.mean()), float(T975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def level(values) -> str:
+    return "{:.3f} ± {:.3f}".format(*interval(values))
+
+
+def difference(values, better: int) -> str:
+    """Of differences: mean and 95 % interval; ✓ better or ✗ worse if it leaves out 0, better being the better sign."""
+    mean, half = interval(values)
+    mark = ("✓ " if mean * better > 0 else "✗ ") if better and abs(mean) > half else ""
+    return f"{mark}{mean:+.3f} ± {half:.3f}"
 
 
 def steps_to(curve: list[float], level: float) -> int:
@@ -196,8 +231,8 @@ def table(first: str, lines: list[tuple[str, list[str]]]) -> str:
 
 def levels(rows: list[dict], name: str) -> str:
     """Mean and 95 % interval of a measure: a line for each method, a column for each cell."""
-    return table(name, [(method, ["{:.3f} ± {:.3f}".format(*interval([measure(row, name) for row in cell]))
-                                  for cell in cells(rows, method)]) for method in METHODS])
+    return table(name, [(method, [level([measure(row, name) for row in cell]) for cell in cells(rows, method)])
+                        for method in METHODS])
 
 
 def differences(rows: list[dict], measures: dict[str, int]) -> str:
@@ -205,16 +240,22 @@ def differences(rows: list[dict], measures: dict[str, int]) -> str:
     lines = []
     for name, better in measures.items():
         for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "GRPO"):
-            fields = []
-            for own, base in zip(cells(rows, method), cells(rows, "GRPO")):
-                mean, half = interval([measure(a, name) - measure(b, name) for a, b in zip(own, base, strict=True)])
-                mark = ("✓ " if mean * better > 0 else "✗ ") if abs(mean) > half else ""
-                fields.append(f"{mark}{mean:+.3f} ± {half:.3f}")
+            fields = [difference([measure(a, name) - measure(b, name) for a, b in zip(own, base, strict=True)], better)
+                      for own, base in zip(cells(rows, method), cells(rows, "GRPO"))]
             lines.append((method if len(measures) == 1 else f"{name}: {method}", fields))
     return table("minus GRPO's" if len(measures) > 1 else f"{name}, minus GRPO's", lines)
 
 
 # -------------------------------------------------------------------------------------------------------------- Figure
+
+
+def band(ax, curves: np.ndarray, color: str, style: str, label: str) -> None:
+    """Mean and 95 % interval of curves (seeds, steps), themselves means of five steps."""
+    means = np.array([np.convolve(curve, np.ones(5) / 5, mode="valid") for curve in curves])
+    mean, half = map(np.array, zip(*(interval(column) for column in means.T)))
+    x = np.arange(5, 5 + len(mean))
+    ax.plot(x, mean, style, color=color, label=label, linewidth=1.6)
+    ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.16, linewidth=0)
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -228,8 +269,8 @@ def figure(rows: list[dict], path: Path) -> None:
              ("verified", 0.0, True, "the same difference,\nclean rewards"),
              ("agreement", 0.2, False, "agreement, 20 %\nof rewards flipped")]
 
-    def curves(name: str, method: str, cell: int) -> np.ndarray:  # (seeds, steps - 4), means of five steps
-        return np.array([np.convolve(row[name], np.ones(5) / 5, mode="valid") for row in cells(rows, method)[cell]])
+    def curves(name: str, method: str, cell: int) -> np.ndarray:  # (seeds, steps)
+        return np.array([row[name] for row in cells(rows, method)[cell]])
 
     plt.rcParams.update({"font.size": 10})
     _, axes = plt.subplots(4, 3, figsize=(8.8, 8.8), sharex=True, sharey="row", layout="constrained")
@@ -238,10 +279,7 @@ def figure(rows: list[dict], path: Path) -> None:
             ax, cell = axes[i, j], len(NOISES) * j + NOISES.index(noise)
             for method, (color, style) in styles.items():
                 values = curves(name, method, cell) - paired * curves(name, "GRPO", cell)
-                mean, half = map(np.array, zip(*(interval(column) for column in values.T)))
-                x = np.arange(5, 5 + len(mean))
-                ax.plot(x, mean, style, color=color, label=method, linewidth=1.6)
-                ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.16, linewidth=0)
+                band(ax, values, color, style, method)
             ax.grid(alpha=0.25)
             ax.spines[["top", "right"]].set_visible(False)
             if name == "agreement":
@@ -265,10 +303,10 @@ def main() -> None:
     if args.rerun:
         log.unlink(missing_ok=True)
     if args.tune:
-        rows = complete(log, TUNING, TUNING_SEEDS, evaluate=False)
+        rows = complete(log, plan(TUNING, TUNING_SEEDS, evaluate=False), run, warm_starts)
         print(differences(rows, {"area": 1}) + "\n\n" + differences(rows, {"end": 1}))
         return
-    rows = complete(log, METHODS, SEEDS, evaluate=True)
+    rows = complete(log, plan(METHODS, SEEDS, evaluate=True), run, warm_starts)
     print(differences(rows, CLAIMS))
     for name in (*EVALUATED, *CLAIMS, "l of correct at the end", "l of wrong at the end", "uniform groups",
                  "agreement at first", "agreement at the end"):

@@ -1,0 +1,96 @@
+"""Where does the premise of ICPO hold? Asks an untrained model if its less probable answers are better.
+
+    python results/premise.py          measure what is missing (on a clone: nothing), print the table
+
+What `preference/agreement` shows in the first steps of a run, by task and temperature: 8 steps of 8 prompts
+and 8 responses to each, at a learning rate at which no weight moves. A line of the table is one of
+premise.jsonl, and is not measured again. real_model.py says where the weights come from; --model takes a
+folder or hub name.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import real_model
+import study
+
+CAPITALS = dict(pair.split(": ") for pair in (
+    "Afghanistan: Kabul, Albania: Tirana, Algeria: Algiers, Angola: Luanda, Argentina: Buenos Aires, "
+    "Australia: Canberra, Austria: Vienna, Bangladesh: Dhaka, Belgium: Brussels, Brazil: Brasilia, "
+    "Bulgaria: Sofia, Cambodia: Phnom Penh, Canada: Ottawa, Chile: Santiago, China: Beijing, Colombia: "
+    "Bogota, Croatia: Zagreb, Cuba: Havana, Denmark: Copenhagen, Ecuador: Quito, Egypt: Cairo, Estonia: "
+    "Tallinn, Ethiopia: Addis Ababa, Finland: Helsinki, France: Paris, Germany: Berlin, Ghana: Accra, "
+    "Greece: Athens, Hungary: Budapest, Iceland: Reykjavik, India: New Delhi, Indonesia: Jakarta, Iran: "
+    "Tehran, Iraq: Baghdad, Ireland: Dublin, Italy: Rome, Jamaica: Kingston, Japan: Tokyo, Jordan: Amman, "
+    "Kenya: Nairobi, Latvia: Riga, Lebanon: Beirut, Lithuania: Vilnius, Mongolia: Ulaanbaatar, Morocco: "
+    "Rabat, Nepal: Kathmandu, New Zealand: Wellington, Nigeria: Abuja, Norway: Oslo, Pakistan: Islamabad, "
+    "Peru: Lima, Poland: Warsaw, Portugal: Lisbon, Romania: Bucharest, Russia: Moscow, Senegal: Dakar, "
+    "Serbia: Belgrade, South Korea: Seoul, Spain: Madrid, Sweden: Stockholm, Thailand: Bangkok, Turkey: "
+    "Ankara, Ukraine: Kyiv, Zimbabwe: Harare").split(", "))
+TASKS = {
+    "products": [(f"What is {a} * {b}?", a * b) for a in range(2, 13) for b in range(2, 13)],
+    "one-digit sums": [(f"What is {a} + {b}?", a + b) for a in range(1, 10) for b in range(1, 10)],
+    "two-digit sums": [(f"What is {a} + {b}?", a + b) for a in range(10, 100) for b in range(10, 100)],
+    "differences": [(f"What is {a} - {b}?", a - b) for a in range(10, 100) for b in range(10, a)],
+    "capitals": [(f"What is the capital of {country}?", city) for country, city in CAPITALS.items()],
+}
+TEMPERATURES = (1.0, 0.5)
+SETTINGS = real_model.STEP | dict(steps=8, lr=1e-30, alpha=0.0)
+COLUMNS = {
+    "agreement": "preference/agreement", "accuracy": "reward/verified", "truncated": "length/truncated_frac",
+    "overconfident": "confidence/overconfident_frac", "entropy": "entropy"}
+
+
+def names_capital(response: str, reference: str) -> float:
+    """1 if the response names this capital and no other of the list: a chat model answers in sentences."""
+    plain = unicodedata.normalize("NFKD", response).encode("ascii", "ignore").decode().lower()
+    named = {city for city in CAPITALS.values() if re.search(rf"\b{city.lower()}\b", plain)}
+    return float(named == {reference})
+
+
+def measure(job: dict) -> dict:
+    """The job with what each step shows."""
+    questions = random.Random(0).sample(TASKS[job["task"]], 64)
+    with tempfile.TemporaryDirectory(dir=study.RUNS) as folder:
+        data = Path(folder) / "data.jsonl"
+        data.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
+                                for prompt, answer in questions))
+        rows = study.train(
+            model=real_model.located(job["model"]), train_data=str(data), temperature=job["temperature"],
+            reward="premise:names_capital" if job["task"] == "capitals" else "verify:verify", device="cpu",
+            **job["settings"])
+    return job | {name: [round(row[name], 3) for row in rows[1:]] for name in COLUMNS.values()}
+
+
+def plan(model: str) -> list[dict]:
+    return [dict(model=model, task=task, temperature=temperature, settings=SETTINGS)
+            for temperature in TEMPERATURES for task in TASKS]
+
+
+def table(rows: list[dict]) -> str:
+    """Means of the steps with their 95 % intervals."""
+    return real_model.table(["task", "temperature", *COLUMNS], [
+        [row["task"], str(row["temperature"]), *(study.level(row[name]) for name in COLUMNS.values())]
+        for row in rows])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=real_model.model_of, default=real_model.WEIGHTS,
+                        help=f"folder or hub name (default {real_model.WEIGHTS})")
+    parser.add_argument("--rerun", action="store_true", help="delete the log first")
+    args = parser.parse_args(arguments)
+    log = real_model.RESULTS / "premise.jsonl"
+    if args.rerun:
+        log.unlink(missing_ok=True)
+    print(table(study.complete(log, plan(args.model), measure, lambda *_: real_model.prepare(args.model))))
+
+
+if __name__ == "__main__":
+    sys.exit(real_model.guarded(main))

