@@ -30,7 +30,6 @@ Left out on purpose: a critic, and a scoring pass of its own; sampling yields l,
 """
 
 import contextlib
-import functools
 import inspect
 import json
 import math
@@ -98,8 +97,8 @@ def group_advantage(rewards: Tensor) -> Tensor:
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
     rewards (P, G) -> (P, G) float32. A group of rewards that are equal up to rounding gets exactly 0; adding
-    1e-8 to the std does not achieve that: in float32, eight rewards of 0.7 have a std of 6e-8. Raises
-    ValueError if G < 2.
+    1e-8 to the std does not achieve that: in float32, eight rewards of 0.7 have a std of 6e-8.
+    Raises ValueError if G < 2.
     """
     if rewards.shape[-1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
@@ -164,7 +163,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     return (losses * token_weights).sum(), stats
 
 
-# --------------------------------------------------------------------------------------------------- Sampling
+# --------------------------------------------------------------------------------------- Sampling and scoring
 
 @dataclass
 class Rollout:
@@ -276,8 +275,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     return Rollout(ids, prompt_lengths, lengths, truncated, log_probs[:, :T], entropies[:, :T])
 
 
-# ---------------------------------------------------------------------------------------------------- Scoring
-
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
@@ -307,9 +304,9 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 
 
 def output_logits(model, body, outputs, hidden: Tensor) -> Tensor:
-    """Logits (N, V) of hidden states (N, hidden size), by the model's own forward on a body that returns them.
+    """Logits (N, V) of hidden states (N, hidden size), by the model's own forward on a body that gives them.
 
-    Some models scale or cap what their head gives, each in its own way. `outputs` is what the body returned.
+    Some models scale or cap what their head gives, each in its own way. `outputs` is what the body gave.
     """
     body.forward = lambda *args, **kwargs: replace(outputs, last_hidden_state=hidden[None])
     try:
@@ -560,10 +557,7 @@ class Example(NamedTuple):
 
 
 def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Example]:
-    """Reads JSON Lines; cuts a reference to the answer that it marks, as in GSM8K's "#### 18". Raises UserError.
-
-    Prompts that leave no room for max_new_tokens in the model's context are skipped with those that are too long.
-    """
+    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError."""
     examples, skipped, keys = [], 0, (config.prompt_key, config.answer_key)
     longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
     lines = Path(path).read_bytes().splitlines()
@@ -591,8 +585,8 @@ def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Ex
     if skipped:
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
     if not examples:
-        raise UserError(f"{path}: no usable row; --max-prompt-tokens and the model's context of {context} less "
-                        f"--max-new-tokens leave {longest} tokens for a prompt")
+        raise UserError(f"{path}: no usable row; --max-prompt-tokens, and the model's context of {context} "
+                        f"less --max-new-tokens, leave {longest} tokens for a prompt")
     return examples
 
 
@@ -628,8 +622,6 @@ def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], rew
 
     Samples have a random stream of their own. Returns metrics, and the greedy responses with their rewards.
     """
-    if not examples:
-        return {}, []
     generator = torch.Generator().manual_seed(config.seed)
 
     def respond(k: int, temperature: float) -> tuple[list[str], Tensor]:  # responses, rewards (examples, k)
@@ -709,10 +701,7 @@ def until_interrupted(steps):
 
 
 def train(config: Config) -> dict[str, float]:
-    """Trains, evaluates and saves as config says; returns the last evaluation's metrics. Raises UserError.
-
-    Every random number of a step follows from (seed, step), so a resumed run repeats an unbroken one.
-    """
+    """Trains, evaluates and saves as config says; returns the last evaluation's metrics. Raises UserError."""
     check(config)
     WARNED.clear()
     out, reward = Path(config.output_dir), load_reward(config.reward)
@@ -731,15 +720,15 @@ def train(config: Config) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
 
-    measure = functools.partial(evaluate, policy, tokenizer, eos_ids, held_out, reward, config)
+    def measure() -> tuple[dict, list]:
+        return evaluate(policy, tokenizer, eos_ids, held_out, reward, config) if held_out else ({}, [])
 
     def save() -> None:
         state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "before": before, "after": after, "log_sizes": [log.stat().st_size for log in logs]}
         replace_file(out / "checkpoint/state.pt", lambda path: torch.save(state, path))
 
-    settings = json.dumps(asdict(config), indent=2)
-    replace_file(out / "config.json", lambda path: path.write_text(f"{settings}\n"))
+    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
     if config.resume:
         state = torch.load(out / "checkpoint/state.pt", map_location=config.device, weights_only=True)
         policy.load_state_dict(state["policy"])
@@ -756,6 +745,7 @@ def train(config: Config) -> dict[str, float]:
 
     bar = tqdm(range(step + 1, config.steps + 1), desc="training", initial=step, total=config.steps)
     for step in until_interrupted(bar):
+        # Every random number of a step follows from (seed, step), so a resumed run repeats an unbroken one.
         set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
         optimizer.param_groups[0]["lr"] = lr = config.lr * min(1, step / max(1, config.warmup_steps))
         indices = batch_indices(len(examples), step, config.prompts_per_step, config.seed)
@@ -806,10 +796,8 @@ def write_task(out: Path, config: Config) -> None:
     of a wrong answer and seldom gives the correct one: a confident error and an undervalued response [O].
     """
     if out.exists():
-        n = 1
-        while (aside := Path(f"{out}-{n}")).exists():
-            n += 1
-        print(f"the earlier run in {out} is now {out.rename(aside)}")
+        asides = (Path(f"{out}-{n}") for n in range(1, sys.maxsize))
+        print(f"the earlier run in {out} is now {out.rename(next(x for x in asides if not x.exists()))}")
     set_seed(config.seed)
     sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.shuffle(sums)
@@ -851,8 +839,7 @@ def main(arguments: list[str] | None = None) -> int:
         train(Config(**vars(parser.parse_args(arguments))))
         return 0
     except KeyboardInterrupt:
-        print("\nicpo.py: stopped; once training has begun, the same command with --resume continues",
-              file=sys.stderr)
+        tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
         return 130
     except UserError as error:
         message = str(error)

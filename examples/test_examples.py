@@ -1,21 +1,186 @@
-"""Tests of what stands beside: the times tables and the plot. Run: python -m pytest -q"""
+"""Tests of the examples: the README's code, the engines (where they are installed), the times tables and the plot."""
 
+import copy
 import importlib.util
 import json
+import os
 import re
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
+import icpo
 import plot
+from test_icpo import Keep, prefix_log_prob, rows_of, tiny, update_gradient
+from verify import verify
+
+assert tiny  # a fixture: a saved model with a chat template
+README = (FOLDER.parent / "README.md").read_text()
+
+# -------------------------------------------------------------------------------------- The README, TRL and verl
 
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_blocks_of_the_readme(block):
+    for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
+        pytest.importorskip(module)
+    names = {}
+    exec(block, names)
+    if "strict" in names:
+        assert names["strict"]("so \\boxed{5}", "5") and not names["strict"]("so 5", "5")
+    elif "queries" in block:
+        assert names["reward_func"](["1+1= 2", "1+1= 3"], ["1+1="] * 2, ["2"] * 2)["rewards"].tolist() == [1, 0]
+    else:
+        assert "trainer" in names or names["advantages"].shape == (32,)
+
+
+@pytest.mark.parametrize("alpha, iterations", [(0.0, 1), (0.1, 1), (0.4, 2)])
+def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, iterations):
+    """One update of 16 rows in two micro-batches. With 2 iterations TRL computes old log-probs, with 1 it does not."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from trl_icpo import ICPOTrainer
+    losses = []
+
+    class Kept(ICPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            self.kept = super()._generate_and_score_completions(inputs)
+            return self.kept
+
+        def _compute_loss(self, model, inputs):
+            losses.append(super()._compute_loss(model, inputs))
+            return losses[-1]
+
+        def create_optimizer(self):
+            self.optimizer = Keep(self.model.parameters(), lr=0.0)
+            return self.optimizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    policy = copy.deepcopy(model)
+    config = trl.GRPOConfig(
+        str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=4,
+        max_completion_length=8, max_steps=1, num_iterations=iterations, epsilon_high=0.28, max_grad_norm=0,
+        gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
+    trainer = Kept(
+        model, lambda completion_ids, **kwargs: [float(sum(ids) % 3) for ids in completion_ids], config,
+        datasets.Dataset.from_dict({"prompt": [f"{i} + 1{'0' * (i % 3)} is" for i in range(16)]}),
+        processing_class=AutoTokenizer.from_pretrained(tiny, padding_side="left"), icpo=dict(alpha=alpha, beta=10.0))
+    trainer.train()
+    kept = trainer.kept
+    assert ("old_per_token_logps" in kept) == (iterations == 2)
+    prompts, responses = ([row[real.bool()] for row, real in zip(kept[f"{part}_ids"], kept[f"{part}_mask"])]
+                          for part in ("prompt", "completion"))
+    prompt_lengths, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
+    ids = torch.nn.utils.rnn.pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], batch_first=True)
+    rollout = icpo.Rollout(ids, prompt_lengths, lengths, lengths < 0, *torch.zeros(2, 16, int(lengths.max())))
+    with torch.no_grad():
+        rollout.log_probs = icpo.token_log_probs(policy, rollout)
+    l = icpo.sequence_log_prob(rollout.log_probs, rollout.mask).view(4, 4)
+    rewards = torch.tensor([float(row.sum() % 3) for row in responses]).view(4, 4)
+    advantages = icpo.icpo_advantage(rewards, l, alpha, 10.0)
+    assert (advantages != 0).any()
+    torch.testing.assert_close(kept["advantages"].view(4, 4), advantages, atol=1e-5, rtol=0)
+    if alpha == 0:  # TRL is the oracle, but for the 1e-4 that it adds to the std
+        std = rewards.std(dim=1, keepdim=True)
+        own = torch.tensor(list(trainer._logs["advantages"])).view(4, 4)
+        torch.testing.assert_close(own * (std + 1e-4) / std.clamp(min=1e-9), advantages, atol=1e-6, rtol=0)
+    gradient, metrics = update_gradient(policy, rollout, kept["advantages"], micro_batch=5)
+    assert sum(losses).item() == pytest.approx(metrics["loss"], abs=1e-5)
+    assert (trainer.optimizer.optimizer.gradient - gradient).norm() < 1e-4 * gradient.norm()
+
+
+KEEPING = """
+import glob, time, torch, trl_icpo
+generate = trl_icpo.ICPOTrainer._generate_and_score_completions
+def keep(self, inputs):
+    output = generate(self, inputs)
+    torch.save(output, f"{self.args.output_dir}/{self._step}-{self.accelerator.process_index}.pt")
+    return output
+trl_icpo.ICPOTrainer._generate_and_score_completions = keep
+trl_icpo.main()
+def gloo_threads():
+    try:
+        return [name for name in (open(file).read() for file in glob.glob("/proc/self/task/*/comm")) if "gloo" in name]
+    except OSError:  # one ended between the two calls
+        return ["?"]
+end = time.time() + 10  # the kernel's list may lag behind a join
+while (left := gloo_threads()) and time.time() < end:
+    time.sleep(0.01)
+assert not left, f"threads that may abort the exit: {left}"
+"""
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """The built-in task, warmed up for long enough that responses differ."""
+    pytest.importorskip("trl")
+    folder = tmp_path_factory.mktemp("sums") / "run"
+    icpo.write_task(folder, icpo.Config(task_warmup_steps=400, task_teacher_error=0.7, device="cpu"))
+    return folder / "task"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, tmp_path, processes):
+    """Nine groups of four responses: with two processes of 18 rows, the fifth group lies in both."""
+    (tmp_path / "keeping.py").write_text(KEEPING)
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--multi_gpu",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0] if processes > 1 else []
+    command = [
+        sys.executable, *launch, tmp_path / "keeping.py", "--model", sums / "model", "--data", sums / "train.jsonl",
+        "--output_dir", tmp_path, "--per_device_train_batch_size", 36 // processes, "--num_generations", 4,
+        "--max_completion_length", 32, "--max_steps", 2, "--logging_steps", 1, "--learning_rate", 1e-3, "--use_cpu",
+        "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
+    environment = os.environ | {"PYTHONPATH": str(FOLDER), "HF_HUB_OFFLINE": "1"}
+    shown = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert shown.returncode == 0 and "icpo/preference_abs_mean" in shown.stdout, shown.stderr[-3000:]
+    model, tokenizer, _ = icpo.load_model(str(sums / "model"), "cpu")
+    rows, rewards, l = [], [], []
+    for output in (torch.load(tmp_path / f"0-{rank}.pt") for rank in range(processes)):
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        rows += zip(*(output[name] for name in names))
+    for prompt, real, completion, kept, _ in rows:
+        prompt, completion = prompt[real.bool()], completion[kept.bool()]
+        a, b = re.fullmatch(r"(\d+)\+(\d+)=", tokenizer.decode(prompt)).groups()
+        rewards.append(float(verify(tokenizer.decode(completion, skip_special_tokens=True), int(a) + int(b))))
+        tokens = torch.cat([prompt, completion]).tolist()
+        l.append(statistics.mean(prefix_log_prob(model, tokens, t) for t in range(len(prompt), len(tokens))))
+    expected = icpo.icpo_advantage(torch.tensor(rewards).view(9, 4), torch.tensor(l).view(9, 4), 0.1, 10.0)
+    assert len(rows) == 36 and (expected != 0).any()
+    torch.testing.assert_close(torch.stack([row[-1] for row in rows]).view(9, 4), expected, atol=1e-4, rtol=0)
+
+
+VERL = """
+import numpy, tensordict, torch
+from verl import DataProto
+from verl.trainer.ppo.v1 import utils
+from icpo import icpo_advantage, sequence_log_prob
+torch.manual_seed(0)
+mask, old = torch.arange(5) < torch.randint(1, 6, (12, 1)), -torch.rand(12, 5)
+rewards = torch.randint(0, 2, (12, 1)) * torch.eye(5)[mask.sum(dim=1) - 1]
+uid = numpy.array(list("abcbcaacbacb"), dtype=object)
+data = DataProto.from_dict({"response_mask": mask.long(), "old_log_probs": old, "token_level_rewards": rewards}, {"uid": uid})
+data = utils.compute_advantage(data, "icpo", config={"icpo": {"alpha": 0.3}})
+rows = torch.tensor([[i for i in range(12) if uid[i] == group] for group in "abc"])
+l = sequence_log_prob(old, mask)
+expected = torch.zeros(12)
+expected[rows.flatten()] = icpo_advantage(rewards.sum(dim=1)[rows], l[rows], 0.3, 10.0).flatten()
+torch.testing.assert_close(data.batch["advantages"], expected[:, None] * mask)
+assert (expected != 0).any()
+"""
+
+
+def test_verl_example_in_verls_own_compute_advantage(tmp_path):
+    pytest.importorskip("verl")
+    environment = os.environ | {"PYTHONPATH": f"{FOLDER.parent}:{FOLDER}", "VERL_USE_EXTERNAL_MODULES": "verl_icpo"}
+    shown = subprocess.run([sys.executable, "-c", VERL], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr[-3000:]
 
 
 # ----------------------------------------------------------------------------------------- Times tables, plot

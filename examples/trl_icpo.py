@@ -4,10 +4,9 @@
     python examples/trl_icpo.py --model DIR_OR_HUB_NAME --data train.jsonl --output_dir runs/trl
     accelerate launch --num_processes 2 examples/trl_icpo.py --model ... --data ... --output_dir ...
 
-The data has a "prompt" and an "answer" in each line. --alpha, --sharpness (ICPO's beta; TRL's --beta is the weight of the
-KL) and --shaping are ICPO's (take --alpha 0.4 for form reward), all other flags GRPOConfig's. Run on a CPU, in one process
-and in two (accelerate launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM
-or DeepSpeed.
+The data has a "prompt" and an "answer" in each line. --alpha and --sharpness (ICPO's beta; TRL's --beta is the
+weight of the KL) are ICPO's, all other flags GRPOConfig's. Run on a CPU, in one process and in two (accelerate
+launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM or DeepSpeed.
 """
 
 import sys
@@ -50,7 +49,7 @@ class ICPOTrainer(GRPOTrainer):
                     self.model, torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                     torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1), mask.shape[1],
                     batch_size=self.args.per_device_train_batch_size)
-        confidence = gather(sequence_log_prob(log_probs, mask.bool())).view(-1, self.num_generations)
+        confidence = gather(sequence_log_prob(log_probs, mask)).view(-1, self.num_generations)
         advantages = icpo_advantage(self.rewards.view_as(confidence), confidence, **self.icpo)
         output["advantages"] = advantages.flatten().split(len(mask))[self.accelerator.process_index]
         preference = preference_advantage(confidence, self.icpo["beta"])
@@ -63,17 +62,17 @@ class ICPOTrainer(GRPOTrainer):
 class Arguments:
     model: str
     data: str
-    alpha: float = 0.9
+    alpha: float = 0.1
     sharpness: float = 10.0
-    shaping: str = "gated"
 
 
 def main() -> None:
     arguments, config = HfArgumentParser((Arguments, GRPOConfig)).parse_args_into_dataclasses()
     ICPOTrainer(model=arguments.model, reward_funcs=reward_func, args=config,
                 train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
-                icpo=dict(alpha=arguments.alpha, beta=arguments.sharpness, shaping=arguments.shaping)).train()
-    PartialState().destroy_process_group()  # joins gloo's threads: one that still frees a tensor while Python exits aborts
+                icpo=dict(alpha=arguments.alpha, beta=arguments.sharpness)).train()
+    # Joins gloo's threads: one that still frees a tensor while Python exits aborts the process.
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

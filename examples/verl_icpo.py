@@ -1,7 +1,7 @@
 """ICPO inside verl (0.9.1), as an advantage estimator, with verify.py as the reward.
 
     export PYTHONPATH=$PWD:$PWD/examples VERL_USE_EXTERNAL_MODULES=verl_icpo
-    python -m verl.trainer.main_ppo algorithm.adv_estimator=icpo +algorithm.icpo.alpha=0.9 \
+    python -m verl.trainer.main_ppo algorithm.adv_estimator=icpo +algorithm.icpo.alpha=0.1 \
         reward.custom_reward_function.path=verify.py actor_rollout_ref.rollout.n=8 ...
 
 verl imports the named module in each of its processes. Run on a CPU: the registration, and verl's own compute_advantage
@@ -18,13 +18,13 @@ from icpo import icpo_advantage, sequence_log_prob
 
 
 def icpo(token_level_rewards, response_mask, index, old_log_probs, config=None, **kwargs):
-    """Advantages and returns (B, T), as of verl's estimators. The prompt ids in index (B,) make the groups, in any order."""
+    """Advantages and returns (B, T), like verl's estimators. The prompt ids in index (B,) make the groups."""
     _, groups, sizes = np.unique(index, return_inverse=True, return_counts=True)
     if len(set(sizes)) > 1:
-        raise ValueError(f"icpo needs as many responses to each prompt, not {sorted(set(sizes.tolist()))}")
+        raise ValueError(f"icpo needs equally many responses to each prompt, not {sorted(set(sizes.tolist()))}")
     order = torch.as_tensor(groups, device=response_mask.device).argsort(stable=True).view(len(sizes), -1)
-    rewards, confidence = token_level_rewards.sum(dim=1), sequence_log_prob(old_log_probs, response_mask.bool())
-    settings = dict(alpha=0.9, beta=10.0) | dict((config or {}).get("icpo") or {})
+    rewards, confidence = token_level_rewards.sum(dim=1), sequence_log_prob(old_log_probs, response_mask)
+    settings = dict(alpha=0.1, beta=10.0) | dict((config or {}).get("icpo") or {})
     advantages = torch.empty_like(confidence)
     advantages[order] = icpo_advantage(rewards[order], confidence[order], **settings)
     return (advantages[:, None] * response_mask,) * 2

@@ -1,7 +1,7 @@
 """Seconds and memory of one training step: bare transformers, icpo.py, and TRL's GRPOTrainer, side by side.
 
-    python results/benchmark.py                          every setting, on one CPU thread: a table, and results/benchmark.json
-    python results/benchmark.py --settings short long    some of them
+    python results/benchmark.py                          every setting, on one CPU thread: a table, and benchmark.json
+    python results/benchmark.py --settings short long    some of them, the others as benchmark.json has them
 
 The contestants:
     bare          model.generate, then forward, backward and AdamW on the same tokens: no reward, no group, no clipping
@@ -9,10 +9,11 @@ The contestants:
     trl           GRPOTrainer as configured by default, in float32 and with as many rows a step as the others
     trl best      the same without gradient checkpointing, and with all rows in one micro-batch
 TRL takes part if it is installed. All do the same work: the same random model, prompts, number of responses and of new
-tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take their steps in turns, so
-that a noisy machine treats them alike. The first step is not counted. The table gives the median of a step's process CPU
-time, for the others as a multiple of bare; sampled tokens by the second of wall time; and the peak of memory above that of
-the loaded model. The JSON has the wall time too.
+tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take their steps in turns,
+so that a noisy machine treats them alike, but in "smollm2", where they come one after another: all of them together do
+not fit into 24 GB. The first step is not counted. The table gives the median of a step's process CPU time, for the
+others as a multiple of bare; tokens sampled per second of wall time; and the peak of memory above that of the loaded
+model. The JSON has the wall time too.
 """
 
 import argparse
@@ -34,12 +35,16 @@ LARGE = dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_at
              vocab_size=151936)
 HALF_B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
               vocab_size=151936)
-SETTINGS = {  # prompts P, responses to each G, new tokens T, model; "ends": one of 32 tokens ends a response
+SMOLLM2 = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+               num_key_value_heads=3, vocab_size=49152)
+# Prompts P of `prompt` tokens and up to 7 more, responses to each G, new tokens T; "ends": one of 32 tokens is an end
+SETTINGS = {
     "short": dict(P=8, G=8, T=16, model=SMALL | dict(vocab_size=257)),
     "long": dict(P=8, G=8, T=64, model=SMALL | dict(vocab_size=257)),
     "ends": dict(P=8, G=8, T=64, model=SMALL | dict(vocab_size=32), ends=True),
     "vocabulary": dict(P=2, G=8, T=64, model=LARGE),
     "vocabulary, T=128": dict(P=2, G=8, T=128, model=LARGE),
+    "smollm2": dict(P=4, G=8, T=16, model=SMOLLM2, micro_batch=16, prompt=24, threads=2, in_turns=False),
     "gpu": dict(P=32, G=8, T=256, model=HALF_B, micro_batch=32),
 }
 
@@ -185,46 +190,57 @@ def write_model(folder: Path, setting: dict) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     with open(folder / "train.jsonl", "w") as file:
         for i in range(64):
-            file.write(json.dumps({"prompt": f"{12345678987654 * (i + 7)}"[:6 + i % 8] + "+1=", "answer": "0"}) + "\n")
+            length = setting.get("prompt", 9) - 3 + i % 8
+            file.write(json.dumps({"prompt": str(1234567**6 * (i + 7))[:length] + "+1=", "answer": "0"}) + "\n")
 
 
 def compare(name: str, steps: int, threads: int, device: str, contestants: list[str]) -> dict:
     """The steps of every contestant in one setting: {contestant: {measure: median}}."""
+    setting, result = SETTINGS[name], {}
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), SETTINGS[name])
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": f"{ROOT}:{ROOT / 'results'}",
-                                    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
-        workers = {contestant: subprocess.Popen(
-            [sys.executable, __file__, "--worker", contestant, folder, name, str(steps), device], cwd=folder, text=True,
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(Path(folder) / f"{contestant}.err", "w"))
-            for contestant in contestants}
-        rows = {contestant: [] for contestant in contestants}
+        write_model(Path(folder), setting)
+        for group in [contestants] if setting.get("in_turns", True) else [[contestant] for contestant in contestants]:
+            for contestant, reports in take_turns(folder, name, steps, threads, device, group).items():
+                counted = reports[2:]  # the first report is of nothing, the second of the step that warms up
+                result[contestant] = {key: statistics.median(report[key] for report in counted)
+                                      for key in ("wall", "cpu", "tokens")}
+                result[contestant]["peak"] = max(report["peak"] for report in counted)
+    return result
 
-        def turn(contestant: str) -> None:
-            for line in workers[contestant].stdout:
-                if line.startswith("@"):
-                    rows[contestant].append(json.loads(line[1:]))
-                    return
-            sys.exit(f"{contestant}:\n" + (Path(folder) / f"{contestant}.err").read_text()[-3000:])
 
+def take_turns(folder: str, name: str, steps: int, threads: int, device: str, contestants: list[str]) -> dict:
+    """The reports of contestants, each a process of its own, that take their steps one after another."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(SETTINGS[name].get("threads", threads)), "PYTHONPATH": f"{ROOT}:{ROOT / 'results'}",
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0"}
+    errors = {contestant: Path(folder) / f"{contestant}.err" for contestant in contestants}
+    workers = {contestant: subprocess.Popen(
+        [sys.executable, __file__, "--worker", contestant, folder, name, str(steps), device], cwd=folder, text=True,
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(errors[contestant], "w"))
+        for contestant in contestants}
+    reports = {contestant: [] for contestant in contestants}
+
+    def turn(contestant: str) -> None:
+        for line in workers[contestant].stdout:
+            if line.startswith("@"):
+                reports[contestant].append(json.loads(line[1:]))
+                return
+        sys.exit(f"{contestant}:\n{errors[contestant].read_text()[-3000:]}")
+
+    for contestant in contestants:
+        turn(contestant)  # loaded
+    for step in range(steps):
         for contestant in contestants:
-            turn(contestant)  # loaded
-        for step in range(steps):
-            for contestant in contestants:
-                print(f"\r{name}: step {step + 1} of {steps}, {contestant}          ", end="", file=sys.stderr, flush=True)
-                workers[contestant].stdin.write("go\n")
-                workers[contestant].stdin.flush()
-                turn(contestant)
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-        print("\r" + " " * 60, end="\r", file=sys.stderr)
-        result = {}
-        for contestant, reports in rows.items():
-            counted = reports[2:]  # the first report is of nothing, the second of the step that warms up
-            result[contestant] = {key: statistics.median(report[key] for report in counted) for key in ("wall", "cpu", "tokens")}
-            result[contestant]["peak"] = max(report["peak"] for report in counted)
-        return result
+            shown = f"\r{name}: step {step + 1} of {steps}, {contestant}          "
+            print(shown, end="", file=sys.stderr, flush=True)
+            workers[contestant].stdin.write("go\n")
+            workers[contestant].stdin.flush()
+            turn(contestant)
+    for worker in workers.values():
+        worker.kill()
+        worker.wait()
+    print("\r" + " " * 60, end="\r", file=sys.stderr)
+    return reports
 
 
 def table(results: dict) -> str:
@@ -260,9 +276,12 @@ def main() -> None:
         clock.tick()
         return
     contestants = args.contestants or [c for c in CONTESTANTS if not c.startswith("trl") or importlib.util.find_spec("trl")]
-    results = {name: compare(name, args.steps + 1, args.threads, args.device, contestants) for name in args.settings}
-    Path(args.output).write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    log = Path(args.output)
+    results = json.loads(log.read_text()) if log.exists() else {}
+    for name in args.settings:
+        results[name] = compare(name, args.steps + 1, args.threads, args.device, contestants)
+        log.write_text(json.dumps(results, indent=1) + "\n")
+    print(table({name: results[name] for name in SETTINGS if name in results}))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@
     python results/study.py --rerun    from nothing
     python results/study.py --tune     the search that chose the default, on seeds that the tables do not use
 
-Runs are paired by seed: the same warm start, the same prompts in the same order, the same random numbers for sampling. They
-go two at a time, each on one thread; a finished run is a line of study.jsonl (tuning.jsonl), and is not run again. The
-figure needs matplotlib.
+Runs are paired by seed: the same warm start, the same prompts in the same order, the same random numbers for
+sampling. They go two at a time, each on one thread; a finished run is a line of study.jsonl (tuning.jsonl), and is not
+run again. The figure needs matplotlib.
+
+"ICPO reward" is icpo.py's one form of the method, at alpha 0.4. The other forms in FORMS were tried, "ICPO gated" was
+the default of the first edition, and the logs are that edition's.
 """
 
 import argparse
@@ -33,17 +36,17 @@ REGIMES = {
 NOISES = (0.0, 0.2)
 METHODS = {
     "GRPO": dict(alpha=0.0),
-    "ICPO reward": dict(shaping="reward", alpha=0.4),
-    "ICPO gated": dict(shaping="gated", alpha=0.9),
+    "ICPO reward": dict(alpha=0.4),
+    "ICPO gated": dict(form="gated", alpha=0.9),
 }
 SEEDS = range(16)
 TUNING = METHODS | {
-    "reward, alpha falls to 0": dict(shaping="reward", alpha=0.4, alpha_end=0.0),
-    "reward, uniform groups kept": dict(shaping="reward", alpha=0.4, keep_uniform_groups=True),
+    "reward, alpha falls to 0": dict(alpha=0.4, alpha_end=0.0),
+    "reward, uniform groups kept": dict(alpha=0.4, keep_uniform_groups=True),
     "reward, alpha 0.45 times trust": dict(form="trusted reward", alpha=0.45),
-    "gated, alpha 0.5": dict(shaping="gated", alpha=0.5),
-    "gated, beta 3": dict(shaping="gated", alpha=0.9, beta=3.0),
-    "gated, beta 30": dict(shaping="gated", alpha=0.9, beta=30.0),
+    "gated, alpha 0.5": dict(form="gated", alpha=0.5),
+    "gated, beta 3": dict(form="gated", alpha=0.9, beta=3.0),
+    "gated, beta 30": dict(form="gated", alpha=0.9, beta=30.0),
     "gated, alpha 0.5, no trust": dict(form="untrusted", alpha=0.5),
     "gated, no trust": dict(form="untrusted", alpha=0.9),
     "gated, no trust, alpha falls to 0": dict(form="untrusted", alpha=0.9, alpha_end=0.0),
@@ -52,13 +55,15 @@ TUNING = METHODS | {
     "opposite sign, alpha 0.5, no trust": dict(form="opposite", alpha=0.5),
 }
 TUNING_SEEDS = range(100, 106)
-FORMS = {  # what is not in icpo.py, of GRPO's advantage A, preference s, agreement c, weight a and rewards R
+FORMS = {  # other joins of GRPO's advantage A, preference s, agreement c, weight a and rewards R
+    "gated": lambda A, s, c, a, R: A + a * (2 * c).clamp(0, 1) * A.abs() * s,
     "untrusted": lambda A, s, c, a, R: A + a * A.abs() * s,
     "amplifying": lambda A, s, c, a, R: A + a * A * (A.sign() * s).clamp(min=0),
     "signed": lambda A, s, c, a, R: A + a * c * A.abs() * s,
     "opposite": lambda A, s, c, a, R: A - a * A.abs() * s,
     "trusted reward": lambda A, s, c, a, R: group_advantage(R + a * c.clamp(min=0) * s) * (A != 0).any(dim=1, keepdim=True),
 }
+STEPS = 60
 EVALUATED = {"greedy accuracy": "eval/accuracy", "sampled accuracy": "eval/mean_at_k", "pass@8": "eval/pass_at_k"}
 CLAIMS = {"area": 1, "overconfident": -1, "steps to 0.8": -1, "entropy at the end": 1}  # and which sign is the better one
 
@@ -66,7 +71,7 @@ sys.path.insert(0, str(ROOT))
 if __name__ == "__mp_main__":  # a worker; the tables and the figure do without torch
     import torch
     import icpo
-    from icpo import group_advantage, preference_advantage
+    from icpo import group_advantage, icpo_advantage, preference_advantage
     torch.set_num_threads(1)
 
 
@@ -87,13 +92,19 @@ def warm_start(job: tuple[str, int]) -> None:
     regime, seed = job
     if not task_folder(regime, seed).exists():
         with tempfile.TemporaryDirectory(dir=WARM_STARTS) as scratch:
-            quietly(icpo.write_task, Path(scratch) / "task", icpo.Config(seed=seed, **REGIMES[regime]), torch.device("cpu"))
-            os.rename(Path(scratch) / "task", task_folder(regime, seed))
+            config = icpo.Config(seed=seed, device="cpu", **REGIMES[regime])
+            quietly(icpo.write_task, Path(scratch) / "run", config)
+            os.rename(Path(scratch) / "run" / "task", task_folder(regime, seed))
 
 
-def other_form(form: str):
-    """What stands in for icpo_advantage."""
-    def advantage(rewards, seq_log_probs, alpha, beta, shaping="", keep_uniform_groups=False):
+def variant(form: str | None, start: float, end: float):
+    """What stands in for icpo_advantage: another form, or an alpha that moves linearly from start to end of the run."""
+    alphas = iter(np.linspace(start, end, STEPS))
+
+    def advantage(rewards, seq_log_probs, alpha, beta, keep_uniform_groups=False):
+        alpha = float(next(alphas))
+        if form is None:
+            return icpo_advantage(rewards, seq_log_probs, alpha, beta, keep_uniform_groups)
         A, s = group_advantage(rewards), preference_advantage(seq_log_probs, beta)
         agreement = (A * s).sum() / (A * s).abs().sum().clamp(min=1e-9)
         return FORMS[form](A, s, agreement, alpha, rewards)
@@ -121,10 +132,11 @@ def train(variant=None, **settings) -> list[dict]:
 def run(job: dict) -> dict:
     """One run: the job with its curves, evaluations and means."""
     settings, task = dict(job["settings"]), task_folder(job["regime"], job["seed"])
-    form = settings.pop("form", None)
+    form, alpha = settings.pop("form", None), settings.pop("alpha")
+    end = settings.pop("alpha_end", alpha)
     rows = train(
-        other_form(form) if form else None, model=str(task / "model"), train_data=str(task / "train.jsonl"), seed=job["seed"],
-        eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=128, steps=60,
+        variant(form, alpha, end), model=str(task / "model"), train_data=str(task / "train.jsonl"), seed=job["seed"],
+        eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=128, steps=STEPS,
         reward_noise=job["noise"], max_new_tokens=32, micro_batch=32, lr=1e-4, device="cpu", **settings)
 
     def curve(name: str, digits: int) -> list:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -11,13 +13,35 @@ import torch
 RESULTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(RESULTS), str(RESULTS.parent)]
 
+import benchmark
 import icpo
 import premise
 import real_model
 import study
-from test_icpo import tiny  # the fixture: a saved model with a chat template
+from test_icpo import rows_of, tiny
 
-assert tiny
+assert tiny  # a fixture: a saved model with a chat template
+README = (RESULTS.parent / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------- The tables of the README
+
+
+def test_tables_are_those_of_the_logs():
+    assert benchmark.table(json.loads((RESULTS / "benchmark.json").read_text())) in README
+    rows, tuned = (sorted(rows_of(RESULTS / log), key=lambda row: list(study.TUNING).index(row["method"]))
+                   for log in ("study.jsonl", "tuning.jsonl"))
+    tables = (study.differences(rows, study.CLAIMS), study.levels(rows, "sampled accuracy"),
+              study.differences(tuned, {"area": 1}))
+    for table in tables:
+        assert table in README
+    ends = [rows_of(RESULTS / "first_run" / f"seed-{seed}.jsonl")[-1]["eval/accuracy"] for seed in range(4)]
+    assert f"seeds 0 to 3: {', '.join(f'{end:.3f}' for end in ends)} " in README
+    areas = {(row["method"], row["seed"]): statistics.fmean(row["verified"]) for row in rows
+             if (row["regime"], row["noise"]) == ("overconfident 98 %", 0.2)}
+    gaps = [areas["ICPO gated", seed] - areas["GRPO", seed] for seed in range(16)]
+    half = 2.131 * statistics.stdev(gaps) / math.sqrt(16)  # Student's t for 15 degrees of freedom
+    assert f"✓ {statistics.fmean(gaps):+.3f} ± {half:.3f}" in README and statistics.fmean(gaps) > half
 
 
 # ------------------------------------------------------------------------------------------------- Real model
