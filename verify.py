@@ -1,27 +1,27 @@
-r"""A verifiable reward: does a response give the reference answer?  Standard library; works when copied alone.
+r"""A verifiable reward: does a response give the reference answer?  Standard library only, works when copied alone.
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
 Extraction. Text before the last </think> does not count. Of a \boxed{} or \fbox{}, an <answer></answer> pair and
 a numeric line "#### 18", the one that starts last decides; if it is empty or never closed there is no answer, and
-nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: if the reference
-is a letter, the letter that is the whole response or ends it, "the correct option is (B)"; what follows the last
-"answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
+nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: if the
+reference is a letter, one that is the whole response or ends it as in "the correct option is (B)"; what follows
+the last "answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
-    numbers       1,234.50 = 1234.5     12\,500 = 12500     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
-                  1.5e3 = 1.5 \times 10^3     0.333 is not 1/3; 1,23 is a list of two
-    expressions   + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}, 2(3) = 6
-    percent       50% = 0.5 by value, and the sign may be missing: 50% = 50 [convention]
-    units         $ EUR cm kg hours degrees ... may be missing on one side; 5 cm is not 5 m, nor 0.05 m [convention]
-    nouns         12 apples is 12 if the reference is 12; 12 is not 12 apples, 12 dozen is not 12 [convention]
-    names         x = 5 is 5, but not y = 5; likewise f(2) = 9 and x \in [0, 1]
-    chains        2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 is not 15, and x = y = 5 is not 5
-    tuples        (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
-    sets, lists   {1, 2} = {2, 1} = "2, 1" = "1 or 2" = "1 and 2", never one of its elements; 2 \pm 1 = {1, 3}
-    letters       if the reference is a letter A to J: B = (B) = B. = "B) because ..." [convention]
-    text          all else, matrices and algebra too: equal but for case, spaces, $...$, \text{}, \left, a full stop
-                  and the like; y^{3} = y^3, \leq = \le
+    numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
+                 1.5e3 = 1.5 \times 10^3     0.333 is not 1/3, 1 234 is not 1234, 1,23 is a list of two
+    expressions  + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}, 2(3) = 6
+    percent      50% = 0.5 by value, and the sign may be missing: 50% = 50 [convention]
+    units        $ EUR cm kg hours ... may be missing on one side; 5 cm is not 5 m, nor 0.05 m [convention]
+    nouns        12 apples is 12 if the reference is 12; 12 is not 12 apples, 12 dozen is not 12 [convention]
+    names        x = 5 is 5, but not y = 5; likewise f(2) = 9 and x \in [0, 1]
+    chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 is not 15, and x = y = 5 is not 5
+    tuples       (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
+    sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2" = "1 and 2", never one of its elements; 2 \pm 1 = {1, 3}
+    letters      if the reference is a letter A to J: B = (B) = B. = "B) because ..." [convention]
+    text         all else, matrices and algebra too: equal but for case, spaces, $...$, \text{}, \left, a full
+                 stop and the like; y^{3} = y^3, \leq = \le
 Where no convention [convention] is involved, is_equivalent(a, b) == is_equivalent(b, a).
 
 An empty, missing or unreadable reference never matches. Nothing of an answer is ever executed; digits, exponents,
@@ -31,8 +31,8 @@ linear in the input.
 
 import math
 import re
+from collections import namedtuple
 from fractions import Fraction
-from typing import NamedTuple
 
 MAX_LENGTH, MAX_DEPTH, MAX_ITEMS, MAX_TERMS, MAX_BITS = 1000, 20, 64, 16, 8000
 
@@ -78,8 +78,8 @@ def boxed(text: str, start: int) -> str:
 
 
 def extract_answer(response: str, strict: bool = False, letter: bool = False) -> str | None:
-    """The final answer of a response, as written, or None. strict: only from an explicit marker, best for training;
-    letter: the reference is the letter of an option."""
+    """The final answer of a response, as written, or None.
+    strict: only from an explicit marker, best for training; letter: the reference is the letter of an option."""
     text = response.rsplit("</think>", 1)[-1]
     answer = marked(text)
     if answer is not None or strict:
@@ -149,30 +149,11 @@ def normalize(text: str) -> str:
 
 # ----------------------------------------------------------------------------------------- Parsed answers
 
-
-class Number(NamedTuple):
-    value: dict  # see "Exact arithmetic"
-    unit: str  # "" if there is none
-
-
-class Tuple(NamedTuple):
-    brackets: str  # "[)" of an interval
-    items: list
-
-
-class Set(NamedTuple):
-    items: list
-
-
-class Named(NamedTuple):
-    name: str  # x of x = 5
-    answer: "Number | Tuple | Set | Named | Text"
-
-
-class Text(NamedTuple):
-    text: str
-
-
+Number = namedtuple("Number", "value unit")  # a value as under "Exact arithmetic"; "" if there is no unit
+Tuple = namedtuple("Tuple", "brackets items")  # brackets: "()", or "[)" of an interval
+Set = namedtuple("Set", "items")
+Named = namedtuple("Named", "name answer")  # x and 5 of x = 5
+Text = namedtuple("Text", "text")
 Answer = Number | Tuple | Set | Named | Text
 
 
@@ -186,32 +167,16 @@ def equal(a: Answer, b: Answer) -> bool:
         case _, Named():
             return equal(a, b.answer)
         case Number(), Number():
-            return equal_numbers(a, b)
+            if a.unit and b.unit:
+                return a == b
+            x, y = (add({}, n.value, Fraction(1, 100 if n.unit == "%" else 1)) for n in (a, b))
+            return a.value == b.value or x == y
         case Tuple(), Tuple():
             return a.brackets == b.brackets and len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
-        case Set(), Set():
-            return equal_sets(a, b)
+        case Set(), Set():  # each pair is compared once, lest time double with each level
+            table = [[equal(x, y) for y in b.items] for x in a.items]
+            return all(map(any, table)) and all(map(any, zip(*table)))
     return type(a) is type(b) and a == b
-
-
-def equal_numbers(a: Number, b: Number) -> bool:
-    if a.unit == b.unit:
-        return a.value == b.value
-    if a.unit and b.unit:
-        return False
-    x, y = (scale(number.value, Fraction(1, 100 if number.unit == "%" else 1)) for number in (a, b))
-    return a.value == b.value or x == y
-
-
-def equal_sets(a: Set, b: Set) -> bool:
-    """Whether each item has an equal in the other set. No pair is compared twice, lest time double at each level."""
-    found = set()
-    for x in a.items:
-        equals = {i for i, y in enumerate(b.items) if equal(x, y)}
-        if not equals:
-            return False
-        found |= equals
-    return len(found) == len(b.items)
 
 
 # ------------------------------------------------------------------------------------------------- Parsing
@@ -224,10 +189,11 @@ UNITS = {alias: aliases.split()[0] for aliases in r"""$ \$ dollar dollars usd; �
     min minute minutes; h hr hour hours; day days; week weeks; month months; year years; mph; km/h kmh; m/s;
     unit units; point points""".split(";") for alias in aliases.split()}
 CURRENCY = re.compile(r"([-+]?) ?(\\?\$|[€£¥]) ?(.+)")
-UNIT = re.compile(r"""(?P<number>.*?[0-9)}.\ ])
+MEASURE = re.compile(r"""
+    (?P<number>.*?[0-9)}.\ ])
     (?:(?P<power>square|cubic|sq)\ )?
-    (?P<unit>\\?\$|[€£¥%¢]|°[CF]?|[A-Za-z]+(?:/[a-z])?)\.?
-    (?:\ ?\^\{?(?P<exponent>[23])\}?)?""", re.VERBOSE)
+    (?P<unit>\\?\$ | [€£¥%¢] | °[CF]? | [A-Za-z]{2,}(?:/[a-z])? | [A-Za-z]/[a-z] | (?<=\ )[A-Za-z])\.?
+    (?:\ ?\^\{?(?P<exponent>[23])\}?)?""", re.VERBOSE)  # a single letter after a space: 5m is algebra
 POWERS = {None: "", "square": "2", "sq": "2", "cubic": "3"}
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[a-z]+)(?:_\{?[A-Za-z0-9]+\}?)?"  # what has a value is no name
@@ -260,24 +226,31 @@ def parse(text: str, depth: int = 0) -> Answer:
     if len(parts) == 2 and parts[1]:
         return Set([parse(f"{parts[0]}{sign}({parts[1]})", depth + 1) for sign in "+-"])
 
-    enclosed = ENCLOSED.fullmatch(text)
-    opening, inside, closing = enclosed.groups() if enclosed else ("", "", "")
-    parts = split(inside.strip(), COMMA)
-    if enclosed and 0 < len(parts) <= MAX_ITEMS and (opening[-1] == "{") == (closing[-1] == "}"):
+    match = ENCLOSED.fullmatch(text)
+    parts = split(match[2].strip(), COMMA) if match else []
+    if 0 < len(parts) <= MAX_ITEMS and (match[1][-1] == "{") == (match[3][-1] == "}"):
         items = [parse(part, depth + 1) for part in parts]
-        return Set(items) if opening[-1] == "{" else Tuple(opening + closing, items)
+        return Set(items) if match[1][-1] == "{" else Tuple(match[1] + match[3], items)
     return as_text(text)
 
 
 def as_text(text: str) -> Text:
-    return Text(re.sub(r" ?([^\w\s]) ?", r"\1", braced(text)).casefold())  # spaces count only between words
+    """Spaces count only between words, and a single character of an exponent or index has braces."""
+    return Text(re.sub(r" ?([^\w\s]) ?", r"\1", SCRIPT.sub(r"\1{\2}", text)).casefold())
 
 
 def as_number(text: str) -> Number | None:
-    text, unit = split_unit(ungrouped(text))
+    text, unit = ungrouped(text), ""
+    currency, measure = CURRENCY.fullmatch(text), MEASURE.fullmatch(text)
+    if currency:
+        text, unit = currency[1] + currency[3], UNITS[currency[2]]
+    elif measure:
+        known = UNITS.get(measure["unit"]) or UNITS.get(measure["unit"].lower())
+        if known:
+            text, unit = measure["number"].strip(), known + (measure["exponent"] or POWERS[measure["power"]])
     try:
         return Number(value_of(text), unit)
-    except Unreadable:
+    except ValueError:
         return None
 
 
@@ -289,12 +262,7 @@ def as_equation(text: str, depth: int) -> Answer | None:
     if "=" in right:
         sides = [as_number(side.strip()) for side in right.split("=")]
         answer = sides[-1] if all(sides) and all(equal(side, sides[-1]) for side in sides) else None
-    return Named(braced(name[1]).replace(" ", ""), answer) if name and answer else answer
-
-
-def braced(text: str) -> str:
-    """The text with braces around a single character of an exponent or index."""
-    return SCRIPT.sub(r"\1{\2}", text)
+    return Named(SCRIPT.sub(r"\1{\2}", name[1].replace(" ", "")), answer) if name and answer else answer
 
 
 def ungrouped(text: str) -> str:
@@ -302,18 +270,6 @@ def ungrouped(text: str) -> str:
     if "," not in text or re.search(r"[(\[]|\\\{", text):
         return text
     return GROUPED.sub(lambda match: match[0].replace(",", ""), text)
-
-
-def split_unit(text: str) -> tuple[str, str]:
-    """A text without its unit, and the unit, "" if none is known. One of one letter needs a space: 5m is algebra."""
-    currency, match = CURRENCY.fullmatch(text), UNIT.fullmatch(text)
-    if currency:
-        return currency[1] + currency[3], UNITS[currency[2]]
-    unit = match["unit"] if match else ""
-    unit = unit if unit in UNITS else unit.lower()
-    if unit not in UNITS or len(unit) == 1 and unit.isalpha() and match["number"][-1] != " ":
-        return text, ""
-    return match["number"].strip(), UNITS[unit] + (match["exponent"] or POWERS[match["power"]])
 
 
 def split(text: str, separator: re.Pattern) -> list[str]:
@@ -331,34 +287,33 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 # ---------------------------------------------------------------------------------------- Exact arithmetic
 # A value is a sum of terms, {(square-free radicand, power of pi): rational coefficient}, without terms of 0, so that
-# equal values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}.
+# equal values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}. Whatever cannot be
+# read or would be too large raises ValueError.
 
 RATIONAL = (1, 0)  # sqrt(1) pi^0, the key of a rational term
 COMMANDS = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi")
-TOKEN = re.compile(r""" \ ?(?: ((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)
+CLOSING = {"(": ")", "{": "}"}
+TOKEN = re.compile(r"""\ ?(?:
+    ((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)
     | (\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){}\[\]]))""", re.VERBOSE)
 MIXED = re.compile(r"""(?<![\w.^/}])([0-9]+)
     (?:\ ([0-9]+/[0-9]+)(?![\w.]) | \ ?(\\frac\ ?(?:\{[0-9]+\}\ ?\{[0-9]+\}|[0-9]\ ?[0-9])))""", re.VERBOSE)
 
 
-class Unreadable(Exception):
-    """The text is not an expression of the kind that is compared by value."""
-
-
-class Literal(str):
-    """A token that is a number. The others are plain strings."""
+class Digits(str):
+    """A token that is a number; the others are plain strings."""
 
 
 def value_of(text: str) -> dict:
-    """The exact value of an expression. Raises Unreadable."""
+    """The exact value of an expression."""
     text = MIXED.sub(lambda match: f"({match[1]}+{match[2] or match[3]})", text)  # 1 3/4 and 1\frac34 are sums
-    tokens = [Literal(number) if number else symbol for number, symbol in TOKEN.findall(text)]
-    if TOKEN.sub("", text) or sum(token in ("(", "{", "^", *COMMANDS) for token in tokens) > 2 * MAX_DEPTH:
-        raise Unreadable
+    tokens = [Digits(digits) if digits else symbol for digits, symbol in TOKEN.findall(text)]
+    if TOKEN.sub("", text) or sum(token in ("^", *CLOSING, *COMMANDS) for token in tokens) > 2 * MAX_DEPTH:
+        raise ValueError
     expression = Expression(tokens)
     value = expression.sum()
-    if expression.tokens:
-        raise Unreadable
+    if expression.tokens != [""]:
+        raise ValueError
     return value
 
 
@@ -366,83 +321,62 @@ class Expression:
     """A recursive descent: each method takes the tokens of one level of precedence and gives their value."""
 
     def __init__(self, tokens: list[str]):
-        self.tokens = tokens[::-1]
-
-    def next(self) -> str | None:
-        return self.tokens[-1] if self.tokens else None
+        self.tokens = ["", *reversed(tokens)]  # "" is the end
 
     def take(self, *expected: str) -> str:
-        if not self.tokens or expected and self.next() not in expected:
-            raise Unreadable
-        return self.tokens.pop()
+        return self.tokens.pop() if self.tokens[-1] in expected else ""
 
     def sum(self) -> dict:
         value = self.product()
-        while self.next() in ("+", "-"):
-            sign = -1 if self.take() == "-" else 1
-            value = add(value, scale(self.product(), sign))
+        while sign := self.take("+", "-"):
+            value = add(value, self.product(), -1 if sign == "-" else 1)
         return value
 
     def product(self) -> dict:
         value = self.signed()
-        while self.next() in ("*", "/", "(", "{", *COMMANDS):
-            if self.next() not in ("*", "/"):
-                value = multiply(value, self.power())  # implied, as in 2(3) or 3\pi
-            elif self.take() == "*":
+        while self.tokens[-1] in ("*", "/", *CLOSING, *COMMANDS):
+            if self.take("*"):
                 value = multiply(value, self.signed())
-            else:
+            elif self.take("/"):
                 value = multiply(value, inverse(self.signed()))
+            else:
+                value = multiply(value, self.power())  # implied, as in 2(3) or 3\pi
         return value
 
     def signed(self) -> dict:
-        sign = 1
-        while self.next() in ("+", "-"):
-            sign = -sign if self.take() == "-" else sign
-        return scale(self.power(), sign)
+        factor = 1
+        while sign := self.take("+", "-"):
+            factor *= -1 if sign == "-" else 1
+        return add({}, self.power(), factor)
 
     def power(self) -> dict:
         base = self.atom()
-        if self.next() != "^":
-            return base
-        self.take("^")
-        return raise_to(base, rational(self.signed()))
+        return raise_to(base, rational(self.signed())) if self.take("^") else base
 
     def atom(self) -> dict:
-        token = self.take()
-        if isinstance(token, Literal):
-            return literal(token)
-        if token in ("(", "{"):
+        token = self.tokens.pop()
+        if isinstance(token, Digits):
+            return bounded({RATIONAL: Fraction(token)})
+        if token in CLOSING:
             value = self.sum()
-            self.take(")" if token == "(" else "}")
-            return value
+            if self.take(CLOSING[token]):
+                return value
         if token in ("\\pi", "pi"):
             return {(1, 1): Fraction(1)}
         if token == "\\frac":
             top = self.argument()
             return multiply(top, inverse(self.argument()))
-        if token not in ("\\sqrt", "sqrt"):
-            raise Unreadable
-        degree = "2"
-        if self.next() == "[":
-            self.take("[")
-            degree = self.take("2", "3", "4", "5", "6")
-            self.take("]")
-        return root(self.argument() if token == "\\sqrt" else self.atom(), int(degree))
+        if token in ("\\sqrt", "sqrt"):
+            degree = self.take("[") and self.take("2", "3", "4", "5", "6") + self.take("]")
+            return root(self.argument() if token == "\\sqrt" else self.atom(), int(degree.rstrip("]") or 2))
+        raise ValueError
 
     def argument(self) -> dict:
         """What a command takes: braces, or the next token; of several digits the first, as in \\frac34."""
-        token = self.next()
-        if isinstance(token, Literal) and token.isdecimal() and len(token) > 1:
-            self.tokens[-1] = Literal(token[1:])
-            return literal(token[0])
+        token = self.tokens[-1]
+        if isinstance(token, Digits) and token.isdecimal() and len(token) > 1:
+            self.tokens[-1:] = [Digits(token[1:]), Digits(token[0])]
         return self.atom()
-
-
-def literal(digits: str) -> dict:
-    exponent = digits.lower().partition("e")[2] or "0"
-    if len(exponent) > 4 or abs(int(exponent)) * 4 > MAX_BITS:
-        raise Unreadable
-    return bounded({RATIONAL: Fraction(digits)})
 
 
 def bits(x: Fraction) -> int:
@@ -450,25 +384,22 @@ def bits(x: Fraction) -> int:
 
 
 def bounded(value: dict) -> dict:
-    """The value without terms of 0. Raises Unreadable beyond the bounds."""
+    """The value without terms of 0, if it is not too large."""
     value = {key: x for key, x in value.items() if x}
     if len(value) > MAX_TERMS or any(bits(x) > MAX_BITS for x in value.values()):
-        raise Unreadable
+        raise ValueError
     return value
 
 
 def rational(value: dict) -> Fraction:
     if set(value) - {RATIONAL}:
-        raise Unreadable
+        raise ValueError
     return value.get(RATIONAL, Fraction(0))
 
 
-def scale(a: dict, factor: int | Fraction) -> dict:
-    return {key: x * factor for key, x in a.items()}
-
-
-def add(a: dict, b: dict) -> dict:
-    return bounded({key: a.get(key, 0) + b.get(key, 0) for key in {**a, **b}})
+def add(a: dict, b: dict, factor: int | Fraction = 1) -> dict:
+    """a + factor * b"""
+    return bounded({key: a.get(key, 0) + factor * b.get(key, 0) for key in {**a, **b}})
 
 
 def multiply(a: dict, b: dict) -> dict:
@@ -499,10 +430,10 @@ def raise_to(base: dict, exponent: Fraction) -> dict:
     if len(base) == 1:
         ((r, p), x), = base.items()
         if abs(n) * max(bits(x), r.bit_length()) > MAX_BITS:
-            raise Unreadable
+            raise ValueError
         return bounded({(r if n % 2 else 1, p * n): x**n * Fraction(r) ** (n // 2)})
     if not 1 <= n <= 8:  # 0 to the power 0, 1 / 0, and sums whose powers would be long
-        raise Unreadable
+        raise ValueError
     return base if n == 1 else multiply(base, raise_to(base, Fraction(n - 1)))
 
 
@@ -511,12 +442,12 @@ def root(base: dict, degree: int) -> dict:
     x = rational(base)
     radicand = x.numerator * x.denominator
     if x < 0 or radicand > 10**15 or degree > 6:
-        raise Unreadable
+        raise ValueError
     guess = Fraction(round(x.numerator ** (1 / degree)), round(x.denominator ** (1 / degree)))
     if guess**degree == x:
         return bounded({RATIONAL: guess})
     if degree != 2 or radicand > 10**8:
-        raise Unreadable
+        raise ValueError
     outside = next(d for d in range(math.isqrt(radicand), 0, -1) if radicand % d**2 == 0)
     return {(radicand // outside**2, 0): Fraction(outside, x.denominator)}
 
@@ -526,14 +457,14 @@ def root(base: dict, degree: int) -> dict:
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 CHOSEN = re.compile(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)")
 COUNTED = re.compile(r"([-+]?[0-9.,/ ]*(?:\\frac ?\{[0-9]+\} ?\{[0-9]+\})?) ([A-Za-z]{3,})")  # not 5 xy, 5 pm
-NO_NOUNS = set("""zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion
-    trillion half halve third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth millionth
-    pair couple dozen score gross lakh crore about above almost alpha and approx approximately around below beta but
-    choose cos cot cubed divided exp factorial false fewer gamma inf infinity lambda least less log maximum maybe
-    minimum minus mod modulo more most nan nearly negative nor not omega over per percent percentage perhaps plus
-    possibly power probably recurring remainder repeating root roughly sigma sin sqrt square squared tan than theta
-    through till times under until wrong""".split())
+NO_NOUNS = set("""
+    one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
+    ninety hundred thousand million billion trillion lakh crore pair couple dozen score gross half halve third
+    quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth about above almost and approximately
+    around below but cubed divided factorial false fewer inf infinity least less maximum maybe minimum minus mod
+    modulo more most nan nearly negative nor not over per percent percentage perhaps plus possibly power probably
+    recurring remainder repeating root roughly sqrt square squared than till times under until wrong
+    alpha beta gamma lambda theta sin cos tan log exp""".split())
 
 
 def without_noun(text: str) -> str:
@@ -571,9 +502,11 @@ def is_equivalent(answer: str, reference: str | int | float) -> bool:
 
 
 def verify(response: str, reference: str | int | float) -> bool:
-    """Whether the response's final answer is the reference, which may be a whole solution with a marker. Never raises."""
+    """Whether the response's final answer is the reference, which may be a whole solution. Never raises."""
+    if not isinstance(response, str):
+        return False
     letter = bool(LETTER.fullmatch(normalize(readable(reference)[:40])))
-    return isinstance(response, str) and is_equivalent(extract_answer(response, letter=letter), reference)
+    return is_equivalent(extract_answer(response, letter=letter), reference)
 
 
 # ------------------------------------------------------------------------------------------------ Adapters
@@ -585,12 +518,8 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
 
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list[float | None]:
-    """The reward as TRL calls it, for completions that are strings or lists of messages. The reference is in the first
-    of these columns that is there; None, and so skipped by TRL, where it cannot be read."""
-    columns = [column for column in (answer, solution, ground_truth) if column is not None]
-    rewards = []
-    for completion, reference in zip(completions, columns[0] if columns else [None] * len(completions)):
-        if not isinstance(completion, str):
-            completion = completion[-1]["content"] if completion else ""
-        rewards.append(float(verify(completion, reference)) if readable(reference) else None)
-    return rewards
+    """The reward as TRL calls it, for completions that are strings or lists of messages.
+    None, and so skipped by TRL, where the reference of the first of these columns that is there cannot be read."""
+    columns = [column for column in (answer, solution, ground_truth, [None] * len(completions)) if column is not None]
+    texts = [message if isinstance(message, str) else message[-1]["content"] if message else "" for message in completions]
+    return [float(verify(text, reference)) if readable(reference) else None for text, reference in zip(texts, columns[0])]
