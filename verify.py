@@ -1,20 +1,20 @@
-r"""A verifiable reward: does a response give the reference answer?  Standard library only, works when copied alone.
+r"""A verifiable reward: does a response give the reference answer?  Standard library only; works copied alone.
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
 Extraction. Text before the last </think> does not count. Of a \boxed{} or \fbox{}, an <answer></answer> pair and
-a numeric line "#### 18", the one that starts last decides; if it is empty or never closed there is no answer, and
-nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: if the
-reference is a letter, one that is the whole response or ends it as in "the correct option is (B)"; what follows
+a numeric line "#### 18", the one that starts last decides; if it is empty or never closed there is no answer,
+and nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: if the
+reference is a letter, one that is all of the response or ends it as in "the correct option is (B)"; what follows
 the last "answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
-                 1.5e3 = 1.5 \times 10^3     0.333 is not 1/3, 1 234 is not 1234, 1,23 is a list of two
+                 1.5e3 = 1.5 \times 10^3     0.333 is not 1/3; 1 234 is not 1234; 1,23 is a list of two
     expressions  + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}, 2(3) = 6
     percent      50% = 0.5 by value, and the sign may be missing: 50% = 50 [convention]
     units        $ EUR cm kg hours ... may be missing on one side; 5 cm is not 5 m, nor 0.05 m [convention]
-    nouns        12 apples is 12 if the reference is 12; 12 is not 12 apples, 12 dozen is not 12 [convention]
+    nouns        12 apples is 12 if 12 is the reference; 12 is not 12 apples, 12 dozen is not 12 [convention]
     names        x = 5 is 5, but not y = 5; likewise f(2) = 9 and x \in [0, 1]
     chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 is not 15, and x = y = 5 is not 5
     tuples       (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
@@ -38,15 +38,16 @@ MAX_LENGTH, MAX_DEPTH, MAX_ITEMS, MAX_TERMS, MAX_BITS = 1000, 20, 64, 16, 8000
 
 # ---------------------------------------------------------------------------------------------- Extraction
 
-# Without braces a box holds one token, if nothing is attached to it: of \boxed 12, TeX would box the 1.
+# Without braces a box holds one token, and nothing may be attached to it: of \boxed 12, TeX would box the 1.
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z])(?=[$.)\]}*\\]*(?:\s|\Z)))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 HASHES = re.compile(r"(?<!#)####(?!#)([^\n<]*)")
 NUMERIC_LINE = re.compile(r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?")
-LONE_LETTER = re.compile(r"[\s*(]*([A-Ja-j])[\s*).]*")
-OPTION = re.compile(r"\b[Cc]orrect (?:option|choice) is:?[\s*(]*([A-J])[\s*).]*\Z")  # "is a" may be cut short
+CHOICE = r"(?:\A|\b[Cc]orrect (?:option|choice) is:?)[\s*]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z"
+OPTION = re.compile(CHOICE)  # "the correct option is a" may have been cut short
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*", re.IGNORECASE)
-PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|as(?! (?:well|many|much|long|soon|if)\b)|so that)\b")
+REASON = r",? (?:because|since|as(?! (?:well|many|much|long|soon|if)\b)|so that)\b"
+PHRASE_END = re.compile(rf"[.;!?](?: |$)|{REASON}")
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
 
 
@@ -60,31 +61,28 @@ def marked(text: str) -> str | None:
     if tag > box:
         inside, closed, _ = text[tag + len("<answer>"):].partition("</answer>")
         return inside.strip() if closed else ""
-    return boxed(text, box) if box >= 0 else None
-
-
-def boxed(text: str, start: int) -> str:
-    """What the box that starts there holds, "" if it is not closed."""
-    box, depth = BOX.match(text, start), 0
-    if not box or box[1]:
-        return box[1] if box else ""
-    for brace in BRACE.finditer(text, box.end() - 1):
+    if box < 0:
+        return None
+    start, depth = BOX.match(text, box), 0
+    if not start or start[1]:
+        return start[1] if start else ""
+    for brace in BRACE.finditer(text, start.end() - 1):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
-            return text[box.end():brace.start()].strip()
+            return text[start.end():brace.start()].strip()
         if depth > MAX_LENGTH:
             break
     return ""
 
 
 def extract_answer(response: str, strict: bool = False, letter: bool = False) -> str | None:
-    """The final answer of a response, as written, or None.
-    strict: only from an explicit marker, best for training; letter: the reference is the letter of an option."""
+    """The final answer of a response, as written, or None. strict: only from an explicit marker, best for
+    training; letter: it may be the letter of an option."""
     text = response.rsplit("</think>", 1)[-1]
     answer = marked(text)
     if answer is not None or strict:
         return answer or None
-    option = (LONE_LETTER.fullmatch(text) or OPTION.search(text)) if letter else None
+    option = OPTION.search(text) if letter else None
     if option:
         return option[1]
     *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
@@ -98,38 +96,34 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
 
 # ----------------------------------------------------------------------------------------------- Notations
 
-SYMBOLS = r"""½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6 ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8
-    √ sqrt π \pi ∞ \infty ± \pm ∪ \cup ∈ \in ≤ \le ≥ \ge ≠ \ne ｛ \{ ｝ \} ＄ \$""".split()
+PAIRS = r"""½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6 ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8 √ sqrt
+    π \pi ∞ \infty ± \pm ∪ \cup ∈ \in ≤ \le ≥ \ge ≠ \ne ｛ \{ ｝ \} ＄ \$ \dfrac \frac \tfrac \frac \cfrac \frac
+    \lbrace \{ \rbrace \} \leq \le \geq \ge \neq \ne \cdot * \times * \div / \degree °""".split()
+SYNONYMS = dict(zip(PAIRS[::2], PAIRS[1::2]))
 CHARACTERS = str.maketrans({
+    **{character: f" {name} " for character, name in SYNONYMS.items() if len(character) == 1},
     **dict(zip("−－＋＝×·⋅∗÷⁄，．（）［］％º０１２３４５６７８９", "--+=****//,.()[]%°0123456789")),
-    **{symbol: f" {name} " for symbol, name in zip(SYMBOLS[::2], SYMBOLS[1::2])},
     **dict.fromkeys("\u00a0\u2009\u202f", "\\,"), "\u3000": " "})  # no-break and thin spaces, as TeX's thin one
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-FLAT = r"[^{}]*"  # between braces, where there are no others; then with others, and with others in these
-NESTED = rf"{FLAT}(?:\{{{FLAT}\}}{FLAT})*"
-DEEPER = rf"{FLAT}(?:\{{{NESTED}\}}{FLAT})*"
-WRAPPER = rf"\\(?:text|text[a-z]{{2}}|math[a-z]{{2}}|mbox|operatorname|boldsymbol) ?\{{({DEEPER})\}}"
+INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces that hold braces, as for \frac{\sqrt{3}}{2}
+WRAPPER = rf"\\(?:text|text[a-z]{{2}}|math[a-z]{{2}}|mbox|operatorname|boldsymbol) ?\{{({INSIDE})\}}"
 
-# Applied from the first to the last. Wrappers come off before what they may hold; a thin space within a number is
-# taken out before it would separate, as other spaces do; white space is last, since the others leave it.
+# Applied from the first to the last. Synonyms come before the rules that know one of them, wrappers before what
+# they may hold, a thin space within a number before it is a space, and white space last, since others leave it.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}"),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),  # the same in another size
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),  # \right. shows no bracket
+    (r"\\[a-z]+", lambda match: SYNONYMS.get(match[0], match[0])),
     (WRAPPER, r" \1 "),  # 5\text{cm} is 5 cm
     (WRAPPER, r" \1 "),  # a wrapper in a wrapper
-    (r"\\lbrace(?![A-Za-z])", r"\\{"),
-    (r"\\rbrace(?![A-Za-z])", r"\\}"),
-    (r"\\(le|ge|ne)q?(?![A-Za-z]) ?", r"\\\1 "),  # \leq is \le
+    (r"\\frac ?([0-9]) ?([0-9])(?!\.?[0-9])", r"\\frac{\1}{\2}"),
     (r"\{,\}", ","),  # 1{,}000
-    (r"\\!", ""),  # 12\!500, a space of negative width
+    (r"\\!", ""),  # 12\!500: a space of negative width
     (r"(?<![0-9.,])[0-9]{1,3}(?:\\,[0-9]{3})+(?![0-9/]|\\,[0-9])", lambda match: match[0].replace("\\,", "")),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),  # \\ is no space: it ends a row
     (r"\+ ?(?=\\infty)", ""),
     (r"(?<!\\)\\[][()]", ""),  # \( and \[ enclose mathematics
-    (r"\\(?:cdot|times)(?![A-Za-z])", "*"),
-    (r"\\div(?![A-Za-z])", "/"),
-    (r"\^ ?\{? ?\\circ ?\}?|\\degree(?![A-Za-z])", "°"),
+    (r"\^ ?\{? ?\\circ ?\}?", "°"),
     (r"\\%", "%"),
     (r"\s+", " ")]]
 PLAIN = re.compile(r"[-+0-9/,]+(?:\.[0-9]+)?%?")
@@ -147,10 +141,10 @@ def normalize(text: str) -> str:
     return text.strip(" *`\"'").removesuffix(".").strip()
 
 
-# ----------------------------------------------------------------------------------------- Parsed answers
+# ------------------------------------------------------------------------------------------------- Answers
 
-Number = namedtuple("Number", "value unit")  # a value as under "Exact arithmetic"; "" if there is no unit
-Tuple = namedtuple("Tuple", "brackets items")  # brackets: "()", or "[)" of an interval
+Number = namedtuple("Number", "value unit")  # a Value; "" if there is no unit
+Tuple = namedtuple("Tuple", "brackets items")  # "[)" are the brackets of an interval
 Set = namedtuple("Set", "items")
 Named = namedtuple("Named", "name answer")  # x and 5 of x = 5
 Text = namedtuple("Text", "text")
@@ -159,51 +153,43 @@ Answer = Number | Tuple | Set | Named | Text
 
 def equal(a: Answer, b: Answer) -> bool:
     """Whether two parsed answers are the same."""
-    match a, b:
-        case Named(), Named():
-            return a.name == b.name and equal(a.answer, b.answer)
-        case Named(), _:
-            return equal(a.answer, b)
-        case _, Named():
-            return equal(a, b.answer)
-        case Number(), Number():
-            if a.unit and b.unit:
-                return a == b
-            x, y = (add({}, n.value, Fraction(1, 100 if n.unit == "%" else 1)) for n in (a, b))
-            return a.value == b.value or x == y
-        case Tuple(), Tuple():
-            return a.brackets == b.brackets and len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
-        case Set(), Set():  # each pair is compared once, lest time double with each level
-            table = [[equal(x, y) for y in b.items] for x in a.items]
-            return all(map(any, table)) and all(map(any, zip(*table)))
-    return type(a) is type(b) and a == b
+    if isinstance(a, Named) or isinstance(b, Named):
+        same_name = type(a) is not type(b) or a.name == b.name
+        return same_name and equal(*(x.answer if isinstance(x, Named) else x for x in (a, b)))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Number):
+        x, y = (number.value * PERCENT if number.unit == "%" else number.value for number in (a, b))
+        return a == b or (not a.unit or not b.unit) and (a.value == b.value or x == y)
+    if isinstance(a, Tuple):
+        return a.brackets == b.brackets and len(a.items) == len(b.items) and all(map(equal, a.items, b.items))
+    if isinstance(a, Set):  # each pair is compared once, lest time double with each level
+        table = [[equal(x, y) for y in b.items] for x in a.items]
+        return all(map(any, table)) and all(map(any, zip(*table)))
+    return a == b
 
 
-# ------------------------------------------------------------------------------------------------- Parsing
-
-UNITS = {alias: aliases.split()[0] for aliases in r"""$ \$ dollar dollars usd; € euro euros eur; £ pound pounds gbp;
-    ¥ yen; ¢ cent cents; % percent; ° degree degrees; °C celsius; °F fahrenheit; mm millimeter millimeters;
+UNITS = {alias: aliases.split()[0] for aliases in r"""$ \$ dollar dollars usd; € euro euros eur; ¥ yen; ¢ cent cents;
+    £ pound pounds gbp; % percent; ° degree degrees; °C celsius; °F fahrenheit; mm millimeter millimeters;
     cm centimeter centimeters; m meter meters metre metres; km kilometer kilometers; in inch inches; ft foot feet;
     yd yard yards; mi mile miles; mg milligram milligrams; g gram grams; kg kilogram kilograms; lb lbs;
     oz ounce ounces; ml mL milliliter milliliters; l L liter liters litre litres; s sec second seconds;
     min minute minutes; h hr hour hours; day days; week weeks; month months; year years; mph; km/h kmh; m/s;
     unit units; point points""".split(";") for alias in aliases.split()}
 CURRENCY = re.compile(r"([-+]?) ?(\\?\$|[€£¥]) ?(.+)")
-MEASURE = re.compile(r"""
-    (?P<number>.*?[0-9)}.\ ])
-    (?:(?P<power>square|cubic|sq)\ )?
-    (?P<unit>\\?\$ | [€£¥%¢] | °[CF]? | [A-Za-z]{2,}(?:/[a-z])? | [A-Za-z]/[a-z] | (?<=\ )[A-Za-z])\.?
-    (?:\ ?\^\{?(?P<exponent>[23])\}?)?""", re.VERBOSE)  # a single letter after a space: 5m is algebra
+MEASURE = re.compile(r"""(?P<number> .*?[0-9)}.\ ]) (?:(?P<power> square|cubic|sq)\ )?
+    (?P<unit> \\?\$ | [€£¥%¢] | °[CF]? | [A-Za-z]{2,}(?:/[a-z])? | [A-Za-z]/[a-z] | (?<=\ )[A-Za-z])\.?
+    (?:\ ?\^\{?(?P<exponent> [23])\}?)?""", re.VERBOSE)  # a single letter follows a space: 5m is algebra
 POWERS = {None: "", "square": "2", "sq": "2", "cubic": "3"}
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[a-z]+)(?:_\{?[A-Za-z0-9]+\}?)?"  # what has a value is no name
 ARGUMENT = r"\((?:[A-Za-z]|(?:\\frac|\\sqrt|\\pi|[-+*/^0-9.,{} ])+)\)"
 NAME = re.compile(rf"({VARIABLE}(?:{ARGUMENT})?) ?(?:=|\\in(?![a-z])) ?(?=[^ =])")
 BRACKET = r"(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}])"
-CUP, PLUS_MINUS = re.compile(BRACKET + r"|\\cup(?![a-z])"), re.compile(BRACKET + r"|\\pm(?![a-z])")
-COMMA = re.compile(BRACKET + r"|,(?: and | or )?| (?:and|or) ")
+CUP, PLUS_MINUS = re.compile(rf"{BRACKET}|\\cup(?![a-z])"), re.compile(rf"{BRACKET}|\\pm(?![a-z])")
+COMMA = re.compile(rf"{BRACKET}|,(?: and | or )?| (?:and|or) ")
 ENCLOSED = re.compile(r"(\\\{|[(\[{])(.*?)(\\?[)\]}])", re.DOTALL)
-SCRIPT = re.compile(r"([_^]) ?([A-Za-z0-9])(?!\.?[0-9])")  # not x^12, which is x^{12} to some and x^{1}2 to TeX
+SCRIPT = re.compile(r"([_^]) ?([A-Za-z0-9])(?!\.?[0-9])")  # not x^12: x^{12} to some, x^{1}2 to TeX
 
 
 def parse(text: str, depth: int = 0) -> Answer:
@@ -240,16 +226,13 @@ def as_text(text: str) -> Text:
 
 
 def as_number(text: str) -> Number | None:
-    text, unit = ungrouped(text), ""
-    currency, measure = CURRENCY.fullmatch(text), MEASURE.fullmatch(text)
-    if currency:
-        text, unit = currency[1] + currency[3], UNITS[currency[2]]
-    elif measure:
-        known = UNITS.get(measure["unit"]) or UNITS.get(measure["unit"].lower())
-        if known:
-            text, unit = measure["number"].strip(), known + (measure["exponent"] or POWERS[measure["power"]])
+    text, unit = CURRENCY.sub(r"\1\3 \2", ungrouped(text)), ""  # $5 as 5 $
+    measure = MEASURE.fullmatch(text)
+    known = measure and (UNITS.get(measure["unit"]) or UNITS.get(measure["unit"].lower()))
+    if known:
+        text, unit = measure["number"].strip(), known + (measure["exponent"] or POWERS[measure["power"]])
     try:
-        return Number(value_of(text), unit)
+        return Number(Expression(text).value, unit)
     except ValueError:
         return None
 
@@ -286,170 +269,153 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------- Exact arithmetic
-# A value is a sum of terms, {(square-free radicand, power of pi): rational coefficient}, without terms of 0, so that
-# equal values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}. Whatever cannot be
-# read or would be too large raises ValueError.
-
-RATIONAL = (1, 0)  # sqrt(1) pi^0, the key of a rational term
-COMMANDS = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi")
-CLOSING = {"(": ")", "{": "}"}
-TOKEN = re.compile(r"""\ ?(?:
-    ((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)
-    | (\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){}\[\]]))""", re.VERBOSE)
-MIXED = re.compile(r"""(?<![\w.^/}])([0-9]+)
-    (?:\ ([0-9]+/[0-9]+)(?![\w.]) | \ ?(\\frac\ ?(?:\{[0-9]+\}\ ?\{[0-9]+\}|[0-9]\ ?[0-9])))""", re.VERBOSE)
+# What cannot be read, has no value here or would be too large raises ValueError.
 
 
-class Digits(str):
-    """A token that is a number; the others are plain strings."""
+class Value(dict):
+    """A sum of terms, {(square-free radicand, power of pi): rational coefficient}, none of them 0, so that equal
+    values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}."""
+
+    def __init__(self, terms: dict):
+        super().__init__({key: x for key, x in terms.items() if x})
+        sizes = [max(abs(x.numerator), x.denominator).bit_length() for x in self.values()]
+        if len(sizes) > MAX_TERMS or any(size > MAX_BITS for size in sizes):
+            raise ValueError
+
+    def __add__(self, other: "Value") -> "Value":
+        return Value({key: self.get(key, 0) + other.get(key, 0) for key in self | other})
+
+    def __neg__(self) -> "Value":
+        return Value({key: -x for key, x in self.items()})
+
+    def __mul__(self, other: "Value") -> "Value":
+        """Term by term: sqrt(r) sqrt(s) = g sqrt(r/g s/g), with g the greatest common divisor of r and s."""
+        terms = {}
+        for (r, p), x in self.items():
+            for (s, q), y in other.items():
+                g = math.gcd(r, s)
+                key = (r // g) * (s // g), p + q
+                terms[key] = terms.get(key, 0) + x * y * g
+        return Value(terms)
+
+    def inverse(self) -> "Value":
+        """Of two terms, 1 / (x + y) = (x - y) / (x^2 - y^2)."""
+        if len(self) != 2:
+            return self.raise_to(-1)
+        (first, x), (second, y) = self.items()
+        conjugate = Value({first: x, second: -y})
+        return conjugate * (self * conjugate).raise_to(-1)
+
+    def raise_to(self, n: int) -> "Value":
+        """Of one term, (x sqrt(r) pi^p)^n = x^n r^(n // 2) sqrt(r)^(n % 2) pi^(p n); a sum is multiplied out."""
+        if len(self) == 1:
+            ((r, p), x), = self.items()
+            if abs(n) * max(abs(x.numerator), x.denominator, r).bit_length() > MAX_BITS:
+                raise ValueError
+            return Value({(r if n % 2 else 1, p * n): x**n * Fraction(r) ** (n // 2)})
+        if not 1 <= n <= 8:  # 0 to the power 0, 1 / 0, and sums whose powers would be long
+            raise ValueError
+        return self if n == 1 else self * self.raise_to(n - 1)
+
+    def root(self, degree: int) -> "Value":
+        """A rational root; or sqrt(a / b) = sqrt(a b) / b, with the square factors of a b taken out."""
+        x = self.rational()
+        radicand = x.numerator * x.denominator
+        if x < 0 or radicand > 10**15 or degree > 6:
+            raise ValueError
+        guess = Fraction(round(x.numerator ** (1 / degree)), round(x.denominator ** (1 / degree)))
+        if guess**degree == x:
+            return Value({RATIONAL: guess})
+        if degree != 2 or radicand > 10**8:
+            raise ValueError
+        outside = next(d for d in range(math.isqrt(radicand), 0, -1) if radicand % d**2 == 0)
+        return Value({(radicand // outside**2, 0): Fraction(outside, x.denominator)})
+
+    def rational(self) -> Fraction:
+        if self.keys() - {RATIONAL}:
+            raise ValueError
+        return self.get(RATIONAL, Fraction(0))
 
 
-def value_of(text: str) -> dict:
-    """The exact value of an expression."""
-    text = MIXED.sub(lambda match: f"({match[1]}+{match[2] or match[3]})", text)  # 1 3/4 and 1\frac34 are sums
-    tokens = [Digits(digits) if digits else symbol for digits, symbol in TOKEN.findall(text)]
-    if TOKEN.sub("", text) or sum(token in ("^", *CLOSING, *COMMANDS) for token in tokens) > 2 * MAX_DEPTH:
-        raise ValueError
-    expression = Expression(tokens)
-    value = expression.sum()
-    if expression.tokens != [""]:
-        raise ValueError
-    return value
+RATIONAL = (1, 0)  # the key of a rational term
+PERCENT = Value({RATIONAL: Fraction(1, 100)})
+COMMANDS, CLOSING = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi"), {"(": ")", "{": "}"}
+DIGITS = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)"
+TOKEN = re.compile(rf" ?(?:{DIGITS}|(\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){{}}\[\]]))")
+MIXED = re.compile(r"(?<![\w.^/}])([0-9]+) ?((?<= )[0-9]+/[0-9]+(?![\w.])|\\frac ?\{[0-9]+\} ?\{[0-9]+\})")
 
 
 class Expression:
     """A recursive descent: each method takes the tokens of one level of precedence and gives their value."""
 
-    def __init__(self, tokens: list[str]):
+    def __init__(self, text: str):
+        text = MIXED.sub(r"(\1+\2)", text)  # 1 3/4 and 1\frac34 are sums
+        tokens = [Fraction(digits) if digits else symbol for digits, symbol in TOKEN.findall(text)]
+        if TOKEN.sub("", text) or sum(token in ("^", *CLOSING, *COMMANDS) for token in tokens) > 2 * MAX_DEPTH:
+            raise ValueError
         self.tokens = ["", *reversed(tokens)]  # "" is the end
+        self.value = self.sum()
+        if self.tokens != [""]:
+            raise ValueError
 
-    def take(self, *expected: str) -> str:
+    def take(self, *expected: str | int) -> str | Fraction:
         return self.tokens.pop() if self.tokens[-1] in expected else ""
 
-    def sum(self) -> dict:
+    def sum(self) -> Value:
         value = self.product()
-        while sign := self.take("+", "-"):
-            value = add(value, self.product(), -1 if sign == "-" else 1)
+        while self.tokens[-1] in ("+", "-"):
+            value += self.product()  # with its sign
         return value
 
-    def product(self) -> dict:
-        value = self.signed()
+    def product(self) -> Value:
+        value = self.power()
         while self.tokens[-1] in ("*", "/", *CLOSING, *COMMANDS):
-            if self.take("*"):
-                value = multiply(value, self.signed())
-            elif self.take("/"):
-                value = multiply(value, inverse(self.signed()))
+            if self.take("/"):
+                value *= self.power().inverse()
             else:
-                value = multiply(value, self.power())  # implied, as in 2(3) or 3\pi
+                self.take("*")  # or nothing, as in 2(3) and 3\pi
+                value *= self.power()
         return value
 
-    def signed(self) -> dict:
-        factor = 1
+    def power(self) -> Value:
+        negative = False
         while sign := self.take("+", "-"):
-            factor *= -1 if sign == "-" else 1
-        return add({}, self.power(), factor)
+            negative ^= sign == "-"
+        value = self.atom()
+        if self.take("^"):
+            exponent = self.power().rational()
+            value = value.root(exponent.denominator) if exponent.denominator > 1 else value
+            value = value.raise_to(exponent.numerator)
+        return -value if negative else value
 
-    def power(self) -> dict:
-        base = self.atom()
-        return raise_to(base, rational(self.signed())) if self.take("^") else base
-
-    def atom(self) -> dict:
+    def atom(self) -> Value:
         token = self.tokens.pop()
-        if isinstance(token, Digits):
-            return bounded({RATIONAL: Fraction(token)})
+        if isinstance(token, Fraction):
+            return Value({RATIONAL: token})
         if token in CLOSING:
             value = self.sum()
             if self.take(CLOSING[token]):
                 return value
         if token in ("\\pi", "pi"):
-            return {(1, 1): Fraction(1)}
+            return Value({(1, 1): Fraction(1)})
         if token == "\\frac":
-            top = self.argument()
-            return multiply(top, inverse(self.argument()))
+            return self.argument() * self.argument().inverse()
         if token in ("\\sqrt", "sqrt"):
-            degree = self.take("[") and self.take("2", "3", "4", "5", "6") + self.take("]")
-            return root(self.argument() if token == "\\sqrt" else self.atom(), int(degree.rstrip("]") or 2))
+            degree = self.degree() if self.take("[") else 2
+            return (self.argument() if token == "\\sqrt" else self.atom()).root(degree)
         raise ValueError
 
-    def argument(self) -> dict:
-        """What a command takes: braces, or the next token; of several digits the first, as in \\frac34."""
-        token = self.tokens[-1]
-        if isinstance(token, Digits) and token.isdecimal() and len(token) > 1:
-            self.tokens[-1:] = [Digits(token[1:]), Digits(token[0])]
-        return self.atom()
-
-
-def bits(x: Fraction) -> int:
-    return max(x.numerator.bit_length(), x.denominator.bit_length())
-
-
-def bounded(value: dict) -> dict:
-    """The value without terms of 0, if it is not too large."""
-    value = {key: x for key, x in value.items() if x}
-    if len(value) > MAX_TERMS or any(bits(x) > MAX_BITS for x in value.values()):
-        raise ValueError
-    return value
-
-
-def rational(value: dict) -> Fraction:
-    if set(value) - {RATIONAL}:
-        raise ValueError
-    return value.get(RATIONAL, Fraction(0))
-
-
-def add(a: dict, b: dict, factor: int | Fraction = 1) -> dict:
-    """a + factor * b"""
-    return bounded({key: a.get(key, 0) + factor * b.get(key, 0) for key in {**a, **b}})
-
-
-def multiply(a: dict, b: dict) -> dict:
-    """Term by term; with g the greatest common divisor of r and s, sqrt(r) sqrt(s) = g sqrt(r/g s/g)."""
-    product = {}
-    for (r, p), x in a.items():
-        for (s, q), y in b.items():
-            g = math.gcd(r, s)
-            key = (r // g) * (s // g), p + q
-            product[key] = product.get(key, 0) + x * y * g
-    return bounded(product)
-
-
-def inverse(a: dict) -> dict:
-    """Of two terms, 1 / (x + y) = (x - y) / (x^2 - y^2)."""
-    if len(a) != 2:
-        return raise_to(a, Fraction(-1))
-    (first, x), (second, y) = a.items()
-    conjugate = {first: x, second: -y}
-    return multiply(conjugate, raise_to(multiply(a, conjugate), Fraction(-1)))
-
-
-def raise_to(base: dict, exponent: Fraction) -> dict:
-    """Of one term, (x sqrt(r) pi^p)^n = x^n r^(n // 2) sqrt(r)^(n % 2) pi^(p n); a sum is multiplied out."""
-    n = exponent.numerator
-    if exponent.denominator > 1:
-        base = root(base, exponent.denominator)
-    if len(base) == 1:
-        ((r, p), x), = base.items()
-        if abs(n) * max(bits(x), r.bit_length()) > MAX_BITS:
+    def degree(self) -> int:
+        degree = self.take(2, 3, 4, 5, 6)
+        if not degree or not self.take("]"):
             raise ValueError
-        return bounded({(r if n % 2 else 1, p * n): x**n * Fraction(r) ** (n // 2)})
-    if not 1 <= n <= 8:  # 0 to the power 0, 1 / 0, and sums whose powers would be long
-        raise ValueError
-    return base if n == 1 else multiply(base, raise_to(base, Fraction(n - 1)))
+        return int(degree)
 
-
-def root(base: dict, degree: int) -> dict:
-    """A rational root of a rational; or sqrt(a / b) = sqrt(a b) / b, with the square factors of a b taken out."""
-    x = rational(base)
-    radicand = x.numerator * x.denominator
-    if x < 0 or radicand > 10**15 or degree > 6:
-        raise ValueError
-    guess = Fraction(round(x.numerator ** (1 / degree)), round(x.denominator ** (1 / degree)))
-    if guess**degree == x:
-        return bounded({RATIONAL: guess})
-    if degree != 2 or radicand > 10**8:
-        raise ValueError
-    outside = next(d for d in range(math.isqrt(radicand), 0, -1) if radicand % d**2 == 0)
-    return {(radicand // outside**2, 0): Fraction(outside, x.denominator)}
+    def argument(self) -> Value:
+        """What a command takes: braces, another command, or a single digit; TeX reads \\sqrt12 as \\sqrt{1}2."""
+        if isinstance(self.tokens[-1], Fraction) and self.tokens[-1] not in range(10):
+            raise ValueError
+        return self.atom()
 
 
 # ------------------------------------------------------------------------------------------------ Verdicts
@@ -457,14 +423,12 @@ def root(base: dict, degree: int) -> dict:
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 CHOSEN = re.compile(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)")
 COUNTED = re.compile(r"([-+]?[0-9.,/ ]*(?:\\frac ?\{[0-9]+\} ?\{[0-9]+\})?) ([A-Za-z]{3,})")  # not 5 xy, 5 pm
-NO_NOUNS = set("""
-    one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty
-    ninety hundred thousand million billion trillion lakh crore pair couple dozen score gross half halve third
-    quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth about above almost and approximately
-    around below but cubed divided factorial false fewer inf infinity least less maximum maybe minimum minus mod
-    modulo more most nan nearly negative nor not over per percent percentage perhaps plus possibly power probably
-    recurring remainder repeating root roughly sqrt square squared than till times under until wrong
-    alpha beta gamma lambda theta sin cos tan log exp""".split())
+NO_NOUNS = set("""one two three four five six seven eight nine ten twelve twenty thirty forty fifty sixty hundred
+    thousand million billion trillion lakh crore pair couple dozen score gross half halve third quarter fourth fifth
+    sixth seventh eighth ninth tenth hundredth thousandth about above almost and approximately around below but cubed
+    divided factorial false fewer less maximum maybe minimum minus mod modulo more most nearly negative nor not over
+    per percent percentage perhaps plus possibly power probably recurring remainder repeating root roughly square
+    squared than till times under until wrong alpha beta gamma lambda theta sin cos tan log exp""".split())
 
 
 def without_noun(text: str) -> str:
@@ -476,10 +440,8 @@ def without_noun(text: str) -> str:
 
 def readable(reference) -> str:
     """A reference as text; "" if it cannot be compared with: empty, None, NaN, a marker that is empty or open."""
-    if isinstance(reference, int) and reference.bit_length() <= MAX_BITS:
-        return str(reference)
-    if isinstance(reference, float) and math.isfinite(reference):
-        return str(reference)
+    if isinstance(reference, (int, float)):
+        return str(reference) if abs(reference) < 2**MAX_BITS else ""
     inside = marked(reference) if isinstance(reference, str) else ""
     return (reference if inside is None else inside).strip()
 
@@ -503,13 +465,8 @@ def is_equivalent(answer: str, reference: str | int | float) -> bool:
 
 def verify(response: str, reference: str | int | float) -> bool:
     """Whether the response's final answer is the reference, which may be a whole solution. Never raises."""
-    if not isinstance(response, str):
-        return False
     letter = bool(LETTER.fullmatch(normalize(readable(reference)[:40])))
-    return is_equivalent(extract_answer(response, letter=letter), reference)
-
-
-# ------------------------------------------------------------------------------------------------ Adapters
+    return isinstance(response, str) and is_equivalent(extract_answer(response, letter=letter), reference)
 
 
 def compute_score(data_source, solution_str: str, ground_truth, extra_info=None, **kwargs) -> float:
@@ -518,8 +475,12 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
 
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list[float | None]:
-    """The reward as TRL calls it, for completions that are strings or lists of messages.
-    None, and so skipped by TRL, where the reference of the first of these columns that is there cannot be read."""
-    columns = [column for column in (answer, solution, ground_truth, [None] * len(completions)) if column is not None]
-    texts = [message if isinstance(message, str) else message[-1]["content"] if message else "" for message in completions]
-    return [float(verify(text, reference)) if readable(reference) else None for text, reference in zip(texts, columns[0])]
+    """The reward as TRL calls it, for completions that are strings or lists of messages. The reference is in the
+    first of these columns that is there; None, and so skipped by TRL, where it cannot be read."""
+    columns = [column for column in (answer, solution, ground_truth) if column is not None]
+    rewards = []
+    for completion, reference in zip(completions, columns[0] if columns else [None] * len(completions)):
+        if not isinstance(completion, str):
+            completion = completion[-1]["content"] if completion else ""
+        rewards.append(float(verify(completion, reference)) if readable(reference) else None)
+    return rewards
