@@ -1,12 +1,12 @@
-r"""A verifiable reward: does a response give the reference answer?  Standard library only; works copied alone.
+r"""A verifiable reward: does a response give the reference answer? Standard library only; works copied alone.
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
-Extraction. Text before the last </think> does not count. Of a \boxed{} or \fbox{}, an <answer></answer> pair and
-a numeric line "#### 18", the one that starts last decides; if it is empty or never closed there is no answer,
-and nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: if the
-reference is a letter, one that is all of the response or ends it as in "the correct option is (B)"; what follows
-the last "answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
+Extraction. Text before the last </think> does not count. Of a \boxed{} or \fbox{}, an <answer></answer> pair
+and a numeric line "#### 18", the one that starts last decides; if it is empty or never closed there is no answer,
+and nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: a letter,
+if the reference is one, that is the response or ends it as in "the correct option is (B)"; what follows the last
+"answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
@@ -24,9 +24,8 @@ Equivalence looks at the whole answer and is exact: rationals of any size, no fl
                  stop and the like; y^{3} = y^3, \leq = \le
 Where no convention [convention] is involved, is_equivalent(a, b) == is_equivalent(b, a).
 
-An empty, missing or unreadable reference never matches. Nothing of an answer is ever executed; digits, exponents,
-nesting and length are bounded before anything is computed, and beyond the bounds the text is compared. Time is
-linear in the input.
+An empty, missing or unreadable reference never matches. Nothing of an answer is ever executed. Digits, exponents,
+nesting and length are bounded before anything is computed; beyond the bounds the text is compared. Time is linear.
 """
 
 import math
@@ -41,23 +40,21 @@ MAX_LENGTH, MAX_DEPTH, MAX_ITEMS, MAX_TERMS, MAX_BITS = 1000, 20, 64, 16, 8000
 # Without braces a box holds one token, and nothing may be attached to it: of \boxed 12, TeX would box the 1.
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z])(?=[$.)\]}*\\]*(?:\s|\Z)))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
-HASHES = re.compile(r"(?<!#)####(?!#)([^\n<]*)")
-NUMERIC_LINE = re.compile(r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?")
-CHOICE = r"(?:\A|\b[Cc]orrect (?:option|choice) is:?)[\s*]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z"
-OPTION = re.compile(CHOICE)  # "the correct option is a" may have been cut short
+NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
+HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC})[^\S\n]*(?=[\n<]|\Z)")
+OPTION = re.compile(  # uppercase, since "the correct option is a" may have been cut short
+    r"(?:\A|\b[Cc]orrect (?:option|choice) is:?)[\s*]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*", re.IGNORECASE)
-REASON = r",? (?:because|since|as(?! (?:well|many|much|long|soon|if)\b)|so that)\b"
-PHRASE_END = re.compile(rf"[.;!?](?: |$)|{REASON}")
+PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
 
 
 def marked(text: str) -> str | None:
     """What the marker that starts last holds, "" if it is empty or not closed; None if there is no marker."""
     box, tag = max(text.rfind("\\boxed"), text.rfind("\\fbox")), text.rfind("<answer>")
-    hashes = HASHES.finditer(text, max(box, tag, 0)) if "####" in text else ()
-    lines = [match for match in hashes if NUMERIC_LINE.fullmatch(match[1].strip())]
+    lines = HASHES.findall(text, max(box, tag, 0)) if "####" in text else []
     if lines:
-        return lines[-1][1].strip()
+        return lines[-1]
     if tag > box:
         inside, closed, _ = text[tag + len("<answer>"):].partition("</answer>")
         return inside.strip() if closed else ""
@@ -70,8 +67,6 @@ def marked(text: str) -> str | None:
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
             return text[start.end():brace.start()].strip()
-        if depth > MAX_LENGTH:
-            break
     return ""
 
 
@@ -82,8 +77,7 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
     answer = marked(text)
     if answer is not None or strict:
         return answer or None
-    option = OPTION.search(text) if letter else None
-    if option:
+    if letter and (option := OPTION.search(text)):
         return option[1]
     *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
     if phrase:
@@ -96,24 +90,24 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
 
 # ----------------------------------------------------------------------------------------------- Notations
 
-PAIRS = r"""½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6 ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8 √ sqrt
-    π \pi ∞ \infty ± \pm ∪ \cup ∈ \in ≤ \le ≥ \ge ≠ \ne ｛ \{ ｝ \} ＄ \$ \dfrac \frac \tfrac \frac \cfrac \frac
-    \lbrace \{ \rbrace \} \leq \le \geq \ge \neq \ne \cdot * \times * \div / \degree °""".split()
-SYNONYMS = dict(zip(PAIRS[::2], PAIRS[1::2]))
+SYNONYMS = dict(re.findall(r"(\S+) (\S+)", r"""½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6
+    ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8 √ sqrt π \pi ∞ \infty ± \pm ∪ \cup ∈ \in ≤ \le ≥ \ge ≠ \ne ｛ \{ ｝ \} ＄ \$
+    \dfrac \frac \tfrac \frac \cfrac \frac \lbrace \{ \rbrace \} \leq \le \geq \ge \neq \ne
+    \cdot * \times * \div / \degree ° \% %"""))
 CHARACTERS = str.maketrans({
     **{character: f" {name} " for character, name in SYNONYMS.items() if len(character) == 1},
     **dict(zip("−－＋＝×·⋅∗÷⁄，．（）［］％º０１２３４５６７８９", "--+=****//,.()[]%°0123456789")),
-    **dict.fromkeys("\u00a0\u2009\u202f", "\\,"), "\u3000": " "})  # no-break and thin spaces, as TeX's thin one
+    **dict.fromkeys("\u00a0\u2009\u202f", "\\,"), "\u3000": " "})  # no-break and thin spaces as TeX's
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces that hold braces, as for \frac{\sqrt{3}}{2}
 WRAPPER = rf"\\(?:text|text[a-z]{{2}}|math[a-z]{{2}}|mbox|operatorname|boldsymbol) ?\{{({INSIDE})\}}"
 
 # Applied from the first to the last. Synonyms come before the rules that know one of them, wrappers before what
-# they may hold, a thin space within a number before it is a space, and white space last, since others leave it.
+# they may hold, a thin space in a number before it is a space, and white space last, since others leave it.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),  # \right. shows no bracket
-    (r"\\[a-z]+", lambda match: SYNONYMS.get(match[0], match[0])),
+    (r"\\(?:[a-z]+|%)", lambda match: SYNONYMS.get(match[0], match[0])),
     (WRAPPER, r" \1 "),  # 5\text{cm} is 5 cm
     (WRAPPER, r" \1 "),  # a wrapper in a wrapper
     (r"\\frac ?([0-9]) ?([0-9])(?!\.?[0-9])", r"\\frac{\1}{\2}"),
@@ -124,19 +118,17 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\+ ?(?=\\infty)", ""),
     (r"(?<!\\)\\[][()]", ""),  # \( and \[ enclose mathematics
     (r"\^ ?\{? ?\\circ ?\}?", "°"),
-    (r"\\%", "%"),
     (r"\s+", " ")]]
-PLAIN = re.compile(r"[-+0-9/,]+(?:\.[0-9]+)?%?")
 
 
 def normalize(text: str) -> str:
     """The answer without what does not count, its notations made one."""
-    if PLAIN.fullmatch(text):
+    if re.fullmatch(r"[-+0-9/,]+(?:\.[0-9]+)?%?", text):  # as it is
         return text
     text = text.translate(CHARACTERS)
     for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
-    if text.replace("\\$", "").count("$") % 2 == 0:  # in pairs they enclose mathematics, alone it is a currency
+    if text.replace("\\$", "").count("$") % 2 == 0:  # pairs enclose mathematics, one is a currency
         text = re.sub(r"(?<!\\)\$", "", text)
     return text.strip(" *`\"'").removesuffix(".").strip()
 
@@ -169,26 +161,23 @@ def equal(a: Answer, b: Answer) -> bool:
     return a == b
 
 
-UNITS = {alias: aliases.split()[0] for aliases in r"""$ \$ dollar dollars usd; € euro euros eur; ¥ yen; ¢ cent cents;
-    £ pound pounds gbp; % percent; ° degree degrees; °C celsius; °F fahrenheit; mm millimeter millimeters;
-    cm centimeter centimeters; m meter meters metre metres; km kilometer kilometers; in inch inches; ft foot feet;
-    yd yard yards; mi mile miles; mg milligram milligrams; g gram grams; kg kilogram kilograms; lb lbs;
-    oz ounce ounces; ml mL milliliter milliliters; l L liter liters litre litres; s sec second seconds;
+UNITS = {alias: aliases.split()[0] for aliases in r"""$ \$ dollar dollars usd; € euro euros eur; ¥ yen;
+    £ pound pounds gbp; ¢ cent cents; % percent; ° degree degrees; °C celsius; °F fahrenheit; in inch inches;
+    mm millimeter millimeters; cm centimeter centimeters; m meter meters metre metres; km kilometer kilometers;
+    ft foot feet; yd yard yards; mi mile miles; mg milligram milligrams; g gram grams; kg kilogram kilograms;
+    lb lbs; oz ounce ounces; ml mL milliliter milliliters; l L liter liters litre litres; s sec second seconds;
     min minute minutes; h hr hour hours; day days; week weeks; month months; year years; mph; km/h kmh; m/s;
     unit units; point points""".split(";") for alias in aliases.split()}
 CURRENCY = re.compile(r"([-+]?) ?(\\?\$|[€£¥]) ?(.+)")
 MEASURE = re.compile(r"""(?P<number> .*?[0-9)}.\ ]) (?:(?P<power> square|cubic|sq)\ )?
     (?P<unit> \\?\$ | [€£¥%¢] | °[CF]? | [A-Za-z]{2,}(?:/[a-z])? | [A-Za-z]/[a-z] | (?<=\ )[A-Za-z])\.?
     (?:\ ?\^\{?(?P<exponent> [23])\}?)?""", re.VERBOSE)  # a single letter follows a space: 5m is algebra
-POWERS = {None: "", "square": "2", "sq": "2", "cubic": "3"}
-GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
-VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[a-z]+)(?:_\{?[A-Za-z0-9]+\}?)?"  # what has a value is no name
+VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[a-z]+)(?:_\{?[A-Za-z0-9]+\}?)?"  # a value is no name
 ARGUMENT = r"\((?:[A-Za-z]|(?:\\frac|\\sqrt|\\pi|[-+*/^0-9.,{} ])+)\)"
 NAME = re.compile(rf"({VARIABLE}(?:{ARGUMENT})?) ?(?:=|\\in(?![a-z])) ?(?=[^ =])")
 BRACKET = r"(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}])"
 CUP, PLUS_MINUS = re.compile(rf"{BRACKET}|\\cup(?![a-z])"), re.compile(rf"{BRACKET}|\\pm(?![a-z])")
 COMMA = re.compile(rf"{BRACKET}|,(?: and | or )?| (?:and|or) ")
-ENCLOSED = re.compile(r"(\\\{|[(\[{])(.*?)(\\?[)\]}])", re.DOTALL)
 SCRIPT = re.compile(r"([_^]) ?([A-Za-z0-9])(?!\.?[0-9])")  # not x^12: x^{12} to some, x^{1}2 to TeX
 
 
@@ -198,8 +187,7 @@ def parse(text: str, depth: int = 0) -> Answer:
         return as_text(text)
 
     # Before lists and brackets: 1,234 is a number, and so are (7) and {7}; x = 1, 2 is a name of a list.
-    answer = as_number(text) or as_equation(text, depth)
-    if answer:
+    if answer := as_number(text) or as_equation(text, depth):
         return answer
 
     # Before brackets: (1, 2), (3, 4) is a list, though it begins and ends with one.
@@ -212,7 +200,7 @@ def parse(text: str, depth: int = 0) -> Answer:
     if len(parts) == 2 and parts[1]:
         return Set([parse(f"{parts[0]}{sign}({parts[1]})", depth + 1) for sign in "+-"])
 
-    match = ENCLOSED.fullmatch(text)
+    match = re.fullmatch(r"(\\\{|[(\[{])(.*?)(\\?[)\]}])", text, re.DOTALL)
     parts = split(match[2].strip(), COMMA) if match else []
     if 0 < len(parts) <= MAX_ITEMS and (match[1][-1] == "{") == (match[3][-1] == "}"):
         items = [parse(part, depth + 1) for part in parts]
@@ -230,7 +218,8 @@ def as_number(text: str) -> Number | None:
     measure = MEASURE.fullmatch(text)
     known = measure and (UNITS.get(measure["unit"]) or UNITS.get(measure["unit"].lower()))
     if known:
-        text, unit = measure["number"].strip(), known + (measure["exponent"] or POWERS[measure["power"]])
+        power = {None: "", "cubic": "3"}.get(measure["power"], "2")
+        text, unit = measure["number"].strip(), known + (measure["exponent"] or power)
     try:
         return Number(Expression(text).value, unit)
     except ValueError:
@@ -238,7 +227,7 @@ def as_number(text: str) -> Number | None:
 
 
 def as_equation(text: str, depth: int) -> Answer | None:
-    """x = 5 and f(2) = 9: a name and its answer. 2 * 8 = 16: the last side, if all sides are equal numbers."""
+    """x = 5 or f(2) = 9: a name and its answer. 2 * 8 = 16: the last side, if all sides are equal numbers."""
     name = NAME.match(text)
     right = text[name.end():] if name else text
     answer = parse(right, depth + 1) if name and "=" not in right else None
@@ -252,7 +241,7 @@ def ungrouped(text: str) -> str:
     """1,234 as 1234, but not among brackets: (1,234) are two numbers."""
     if "," not in text or re.search(r"[(\[]|\\\{", text):
         return text
-    return GROUPED.sub(lambda match: match[0].replace(",", ""), text)
+    return re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", lambda match: match[0].replace(",", ""), text)
 
 
 def split(text: str, separator: re.Pattern) -> list[str]:
@@ -273,20 +262,17 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 
 class Value(dict):
-    """A sum of terms, {(square-free radicand, power of pi): rational coefficient}, none of them 0, so that equal
-    values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}."""
+    """A sum of terms, {(square-free radicand, power of pi): rational coefficient}, none of them 0, so that
+    equal values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}."""
 
     def __init__(self, terms: dict):
         super().__init__({key: x for key, x in terms.items() if x})
-        sizes = [max(abs(x.numerator), x.denominator).bit_length() for x in self.values()]
-        if len(sizes) > MAX_TERMS or any(size > MAX_BITS for size in sizes):
+        largest = max([max(abs(x.numerator), x.denominator) for x in self.values()], default=0)
+        if len(self) > MAX_TERMS or largest.bit_length() > MAX_BITS:
             raise ValueError
 
     def __add__(self, other: "Value") -> "Value":
         return Value({key: self.get(key, 0) + other.get(key, 0) for key in self | other})
-
-    def __neg__(self) -> "Value":
-        return Value({key: -x for key, x in self.items()})
 
     def __mul__(self, other: "Value") -> "Value":
         """Term by term: sqrt(r) sqrt(s) = g sqrt(r/g s/g), with g the greatest common divisor of r and s."""
@@ -307,7 +293,7 @@ class Value(dict):
         return conjugate * (self * conjugate).raise_to(-1)
 
     def raise_to(self, n: int) -> "Value":
-        """Of one term, (x sqrt(r) pi^p)^n = x^n r^(n // 2) sqrt(r)^(n % 2) pi^(p n); a sum is multiplied out."""
+        """Of one term, (x sqrt(r) pi^p)^n = x^n r^(n // 2) sqrt(r)^(n % 2) pi^(n p). Sums are multiplied out."""
         if len(self) == 1:
             ((r, p), x), = self.items()
             if abs(n) * max(abs(x.numerator), x.denominator, r).bit_length() > MAX_BITS:
@@ -321,7 +307,7 @@ class Value(dict):
         """A rational root; or sqrt(a / b) = sqrt(a b) / b, with the square factors of a b taken out."""
         x = self.rational()
         radicand = x.numerator * x.denominator
-        if x < 0 or radicand > 10**15 or degree > 6:
+        if x < 0 or radicand > 10**15 or degree not in range(2, 7):
             raise ValueError
         guess = Fraction(round(x.numerator ** (1 / degree)), round(x.denominator ** (1 / degree)))
         if guess**degree == x:
@@ -351,14 +337,15 @@ class Expression:
     def __init__(self, text: str):
         text = MIXED.sub(r"(\1+\2)", text)  # 1 3/4 and 1\frac34 are sums
         tokens = [Fraction(digits) if digits else symbol for digits, symbol in TOKEN.findall(text)]
-        if TOKEN.sub("", text) or sum(token in ("^", *CLOSING, *COMMANDS) for token in tokens) > 2 * MAX_DEPTH:
+        nested = sum(token in ("^", *CLOSING, *COMMANDS) for token in tokens)
+        if TOKEN.sub("", text) or nested > 2 * MAX_DEPTH:
             raise ValueError
         self.tokens = ["", *reversed(tokens)]  # "" is the end
         self.value = self.sum()
         if self.tokens != [""]:
             raise ValueError
 
-    def take(self, *expected: str | int) -> str | Fraction:
+    def take(self, *expected: str) -> str:
         return self.tokens.pop() if self.tokens[-1] in expected else ""
 
     def sum(self) -> Value:
@@ -370,11 +357,9 @@ class Expression:
     def product(self) -> Value:
         value = self.power()
         while self.tokens[-1] in ("*", "/", *CLOSING, *COMMANDS):
-            if self.take("/"):
-                value *= self.power().inverse()
-            else:
-                self.take("*")  # or nothing, as in 2(3) and 3\pi
-                value *= self.power()
+            operator = self.take("*", "/")  # or none, as in 2(3) and 3\pi
+            factor = self.power()
+            value *= factor.inverse() if operator == "/" else factor
         return value
 
     def power(self) -> Value:
@@ -386,33 +371,31 @@ class Expression:
             exponent = self.power().rational()
             value = value.root(exponent.denominator) if exponent.denominator > 1 else value
             value = value.raise_to(exponent.numerator)
-        return -value if negative else value
+        return Value({key: -x for key, x in value.items()}) if negative else value
 
     def atom(self) -> Value:
         token = self.tokens.pop()
         if isinstance(token, Fraction):
             return Value({RATIONAL: token})
         if token in CLOSING:
-            value = self.sum()
-            if self.take(CLOSING[token]):
-                return value
+            return self.group(CLOSING[token])
         if token in ("\\pi", "pi"):
             return Value({(1, 1): Fraction(1)})
         if token == "\\frac":
             return self.argument() * self.argument().inverse()
         if token in ("\\sqrt", "sqrt"):
-            degree = self.degree() if self.take("[") else 2
+            degree = self.group("]").rational() if self.take("[") else 2
             return (self.argument() if token == "\\sqrt" else self.atom()).root(degree)
         raise ValueError
 
-    def degree(self) -> int:
-        degree = self.take(2, 3, 4, 5, 6)
-        if not degree or not self.take("]"):
+    def group(self, closing: str) -> Value:
+        value = self.sum()
+        if not self.take(closing):
             raise ValueError
-        return int(degree)
+        return value
 
     def argument(self) -> Value:
-        """What a command takes: braces, another command, or a single digit; TeX reads \\sqrt12 as \\sqrt{1}2."""
+        """What a command takes: braces, a command or a single digit; TeX reads \\sqrt12 as \\sqrt{1}2."""
         if isinstance(self.tokens[-1], Fraction) and self.tokens[-1] not in range(10):
             raise ValueError
         return self.atom()
@@ -421,25 +404,18 @@ class Expression:
 # ------------------------------------------------------------------------------------------------ Verdicts
 
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
-CHOSEN = re.compile(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)")
-COUNTED = re.compile(r"([-+]?[0-9.,/ ]*(?:\\frac ?\{[0-9]+\} ?\{[0-9]+\})?) ([A-Za-z]{3,})")  # not 5 xy, 5 pm
-NO_NOUNS = set("""one two three four five six seven eight nine ten twelve twenty thirty forty fifty sixty hundred
+NO_NOUNS = """one two three four five six seven eight nine ten twelve twenty thirty forty fifty sixty hundred
     thousand million billion trillion lakh crore pair couple dozen score gross half halve third quarter fourth fifth
-    sixth seventh eighth ninth tenth hundredth thousandth about above almost and approximately around below but cubed
-    divided factorial false fewer less maximum maybe minimum minus mod modulo more most nearly negative nor not over
-    per percent percentage perhaps plus possibly power probably recurring remainder repeating root roughly square
-    squared than till times under until wrong alpha beta gamma lambda theta sin cos tan log exp""".split())
-
-
-def without_noun(text: str) -> str:
-    """12 apples as 12; a word that may change the number, as in 12 dozen, stays."""
-    match = COUNTED.fullmatch(text)
-    word = match[2].lower() if match else ""
-    return match[1] if word and word not in UNITS and not {word, word.removesuffix("s")} & NO_NOUNS else text
+    sixth seventh eighth ninth tenth hundredth thousandth about above almost and around below but cubed divided
+    factorial false fewer less maximum maybe minimum minus mod more most nearly negative nor not over per percent
+    percentage perhaps plus possibly power probably recurring remainder repeating root roughly square squared than
+    till times? under until wrong alpha beta gamma lambda theta sin cos tan log exp""".split()
+COUNTED = re.compile(rf"""([-+]?[0-9.,/ ]* (?:\\frac\ ?\{{[0-9]+\}}\ ?\{{[0-9]+\}})?)
+    \ (?!(?:{"|".join(NO_NOUNS)})s?$)[a-z]{{3,}}""", re.VERBOSE | re.IGNORECASE)  # shorter: 5 xy, 5 pm
 
 
 def readable(reference) -> str:
-    """A reference as text; "" if it cannot be compared with: empty, None, NaN, a marker that is empty or open."""
+    """A reference as text, "" if it cannot be compared with: empty, None, NaN, a marker empty or not closed."""
     if isinstance(reference, (int, float)):
         return str(reference) if abs(reference) < 2**MAX_BITS else ""
     inside = marked(reference) if isinstance(reference, str) else ""
@@ -452,15 +428,14 @@ def is_equivalent(answer: str, reference: str | int | float) -> bool:
     if max(len(answer), len(reference)) > 10 * MAX_LENGTH:
         return answer.casefold().split() == reference.casefold().split()
     answer, reference = normalize(answer), normalize(reference)
-    if not answer or not reference:
-        return False
-    letter, chosen = LETTER.fullmatch(reference), CHOSEN.match(answer)
+    letter = LETTER.fullmatch(reference)
+    chosen = re.match(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)", answer)
     if letter:
         return bool(chosen) and chosen[1].upper() == letter[1].upper()
-    expected = parse(reference)
-    if isinstance(expected, Number) and not expected.unit:
-        answer = without_noun(answer)
-    return equal(parse(answer), expected)
+    found, expected, counted = parse(answer), parse(reference), COUNTED.fullmatch(answer)
+    if counted and isinstance(found, Text) and isinstance(expected, Number) and not expected.unit:
+        found = parse(counted[1])
+    return answer != "" and equal(found, expected)
 
 
 def verify(response: str, reference: str | int | float) -> bool:
@@ -476,11 +451,8 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list[float | None]:
     """The reward as TRL calls it, for completions that are strings or lists of messages. The reference is in the
-    first of these columns that is there; None, and so skipped by TRL, where it cannot be read."""
-    columns = [column for column in (answer, solution, ground_truth) if column is not None]
-    rewards = []
-    for completion, reference in zip(completions, columns[0] if columns else [None] * len(completions)):
-        if not isinstance(completion, str):
-            completion = completion[-1]["content"] if completion else ""
-        rewards.append(float(verify(completion, reference)) if readable(reference) else None)
-    return rewards
+    first of these columns that is there. None, and so skipped by TRL, where it cannot be read."""
+    columns = (answer, solution, ground_truth, [None] * len(completions))
+    references = next(column for column in columns if column is not None)
+    texts = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
+    return [float(verify(*pair)) if readable(pair[1]) else None for pair in zip(texts, references)]
