@@ -3,10 +3,10 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
 Extraction. Text before the last </think> does not count. Of a \boxed{} or \fbox{}, an <answer></answer> pair
-and a numeric line "#### 18", the one that starts last decides; if it is empty or never closed there is no answer,
-and nothing falls back to an earlier one. Without such a marker, and unless strict, the first of these: a letter,
-if the reference is one, that is the response or ends it as in "the correct option is (B)"; what follows the last
-"answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
+and a numeric line "#### 18", the one that starts last decides; if it is empty or not closed there is no
+answer, and nothing falls back to an earlier one. Without such a marker, and unless strict, the first of: if
+the reference is a letter, one that is the response or ends it as in "the correct option is (B)"; what follows
+the last "answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
@@ -24,8 +24,8 @@ Equivalence looks at the whole answer and is exact: rationals of any size, no fl
                  stop and the like; y^{3} = y^3, \leq = \le
 Where no convention [convention] is involved, is_equivalent(a, b) == is_equivalent(b, a).
 
-An empty, missing or unreadable reference never matches. Nothing of an answer is ever executed. Digits, exponents,
-nesting and length are bounded before anything is computed; beyond the bounds the text is compared. Time is linear.
+An empty, missing or unreadable reference never matches. Nothing of an answer is executed. Digits, exponents,
+nesting and length are bounded before anything is computed, beyond them the text is compared. Time is linear.
 """
 
 import math
@@ -42,8 +42,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z]
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
 HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC})[^\S\n]*(?=[\n<]|\Z)")
-OPTION = re.compile(  # uppercase, since "the correct option is a" may have been cut short
-    r"(?:\A|\b[Cc]orrect (?:option|choice) is:?)[\s*]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z")
+OPTION = re.compile(r"(?:\A|\b[Cc]orrect (?:option|choice) is)[\s*:]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
@@ -90,10 +89,10 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
 
 # ----------------------------------------------------------------------------------------------- Notations
 
-SYNONYMS = dict(re.findall(r"(\S+) (\S+)", r"""½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6
-    ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8 √ sqrt π \pi ∞ \infty ± \pm ∪ \cup ∈ \in ≤ \le ≥ \ge ≠ \ne ｛ \{ ｝ \} ＄ \$
-    \dfrac \frac \tfrac \frac \cfrac \frac \lbrace \{ \rbrace \} \leq \le \geq \ge \neq \ne
-    \cdot * \times * \div / \degree ° \% %"""))
+SYNONYMS = dict(re.findall(r"(\S+) (\S+)", r"""
+    ½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6 ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8 √ sqrt π \pi
+    ∞ \infty ± \pm ∪ \cup ∈ \in ≤ \le ≥ \ge ≠ \ne ｛ \{ ｝ \} ＄ \$ \dfrac \frac \tfrac \frac \cfrac \frac
+    \lbrace \{ \rbrace \} \leq \le \geq \ge \neq \ne \cdot * \times * \div / \degree ° \% %"""))
 CHARACTERS = str.maketrans({
     **{character: f" {name} " for character, name in SYNONYMS.items() if len(character) == 1},
     **dict(zip("−－＋＝×·⋅∗÷⁄，．（）［］％º０１２３４５６７８９", "--+=****//,.()[]%°0123456789")),
@@ -102,7 +101,7 @@ SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces that hold braces, as for \frac{\sqrt{3}}{2}
 WRAPPER = rf"\\(?:text|text[a-z]{{2}}|math[a-z]{{2}}|mbox|operatorname|boldsymbol) ?\{{({INSIDE})\}}"
 
-# Applied from the first to the last. Synonyms come before the rules that know one of them, wrappers before what
+# Applied from the first to the last. Synonyms come before rules that know one of them, wrappers before what
 # they may hold, a thin space in a number before it is a space, and white space last, since others leave it.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^{" + match[0].translate(SUPERSCRIPTS) + "}"),
@@ -163,15 +162,16 @@ def equal(a: Answer, b: Answer) -> bool:
 
 UNITS = {alias: aliases.split()[0] for aliases in r"""$ \$ dollar dollars usd; € euro euros eur; ¥ yen;
     £ pound pounds gbp; ¢ cent cents; % percent; ° degree degrees; °C celsius; °F fahrenheit; in inch inches;
-    mm millimeter millimeters; cm centimeter centimeters; m meter meters metre metres; km kilometer kilometers;
-    ft foot feet; yd yard yards; mi mile miles; mg milligram milligrams; g gram grams; kg kilogram kilograms;
-    lb lbs; oz ounce ounces; ml mL milliliter milliliters; l L liter liters litre litres; s sec second seconds;
-    min minute minutes; h hr hour hours; day days; week weeks; month months; year years; mph; km/h kmh; m/s;
-    unit units; point points""".split(";") for alias in aliases.split()}
-CURRENCY = re.compile(r"([-+]?) ?(\\?\$|[€£¥]) ?(.+)")
+    mm millimeter millimeters; cm centimeter centimeters; m meter meters metre metres; mi mile miles; mph;
+    m/s; km kilometer kilometers; km/h kmh; ft foot feet; yd yard yards; mg milligram milligrams;
+    g gram grams; lb lbs; kg kilogram kilograms; oz ounce ounces; ml mL milliliter milliliters;
+    l L liter liters litre litres; s sec second seconds; min minute minutes; h hr hour hours; day days;
+    week weeks; month months; year years; unit units; point points""".split(";") for alias in aliases.split()}
+CURRENCY = re.compile(r"\A([-+]?) ?(\\?\$|[€£¥]) ?(.+)")
 MEASURE = re.compile(r"""(?P<number> .*?[0-9)}.\ ]) (?:(?P<power> square|cubic|sq)\ )?
     (?P<unit> \\?\$ | [€£¥%¢] | °[CF]? | [A-Za-z]{2,}(?:/[a-z])? | [A-Za-z]/[a-z] | (?<=\ )[A-Za-z])\.?
     (?:\ ?\^\{?(?P<exponent> [23])\}?)?""", re.VERBOSE)  # a single letter follows a space: 5m is algebra
+GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[a-z]+)(?:_\{?[A-Za-z0-9]+\}?)?"  # a value is no name
 ARGUMENT = r"\((?:[A-Za-z]|(?:\\frac|\\sqrt|\\pi|[-+*/^0-9.,{} ])+)\)"
 NAME = re.compile(rf"({VARIABLE}(?:{ARGUMENT})?) ?(?:=|\\in(?![a-z])) ?(?=[^ =])")
@@ -239,9 +239,8 @@ def as_equation(text: str, depth: int) -> Answer | None:
 
 def ungrouped(text: str) -> str:
     """1,234 as 1234, but not among brackets: (1,234) are two numbers."""
-    if "," not in text or re.search(r"[(\[]|\\\{", text):
-        return text
-    return re.sub(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])", lambda match: match[0].replace(",", ""), text)
+    brackets = re.search(r"[(\[]|\\\{", text)
+    return text if brackets else GROUPED.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def split(text: str, separator: re.Pattern) -> list[str]:
@@ -258,7 +257,6 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------- Exact arithmetic
-# What cannot be read, has no value here or would be too large raises ValueError.
 
 
 class Value(dict):
@@ -269,7 +267,7 @@ class Value(dict):
         super().__init__({key: x for key, x in terms.items() if x})
         largest = max([max(abs(x.numerator), x.denominator) for x in self.values()], default=0)
         if len(self) > MAX_TERMS or largest.bit_length() > MAX_BITS:
-            raise ValueError
+            raise ValueError("too large")
 
     def __add__(self, other: "Value") -> "Value":
         return Value({key: self.get(key, 0) + other.get(key, 0) for key in self | other})
@@ -293,14 +291,14 @@ class Value(dict):
         return conjugate * (self * conjugate).raise_to(-1)
 
     def raise_to(self, n: int) -> "Value":
-        """Of one term, (x sqrt(r) pi^p)^n = x^n r^(n // 2) sqrt(r)^(n % 2) pi^(n p). Sums are multiplied out."""
+        """Of one term, (x sqrt(r) pi^p)^n = x^n r^(n // 2) sqrt(r)^(n % 2) pi^(n p). Sums are multiplied."""
         if len(self) == 1:
             ((r, p), x), = self.items()
             if abs(n) * max(abs(x.numerator), x.denominator, r).bit_length() > MAX_BITS:
-                raise ValueError
+                raise ValueError("too large")
             return Value({(r if n % 2 else 1, p * n): x**n * Fraction(r) ** (n // 2)})
-        if not 1 <= n <= 8:  # 0 to the power 0, 1 / 0, and sums whose powers would be long
-            raise ValueError
+        if not 1 <= n <= 8:
+            raise ValueError("0 to the power 0, 1 / 0, or a power of a sum that would be long")
         return self if n == 1 else self * self.raise_to(n - 1)
 
     def root(self, degree: int) -> "Value":
@@ -308,26 +306,26 @@ class Value(dict):
         x = self.rational()
         radicand = x.numerator * x.denominator
         if x < 0 or radicand > 10**15 or degree not in range(2, 7):
-            raise ValueError
+            raise ValueError("not real, too large or of another degree")
         guess = Fraction(round(x.numerator ** (1 / degree)), round(x.denominator ** (1 / degree)))
         if guess**degree == x:
             return Value({RATIONAL: guess})
         if degree != 2 or radicand > 10**8:
-            raise ValueError
+            raise ValueError("no square root, or its square factors would take long to find")
         outside = next(d for d in range(math.isqrt(radicand), 0, -1) if radicand % d**2 == 0)
         return Value({(radicand // outside**2, 0): Fraction(outside, x.denominator)})
 
     def rational(self) -> Fraction:
         if self.keys() - {RATIONAL}:
-            raise ValueError
+            raise ValueError("irrational")
         return self.get(RATIONAL, Fraction(0))
 
 
 RATIONAL = (1, 0)  # the key of a rational term
 PERCENT = Value({RATIONAL: Fraction(1, 100)})
-COMMANDS, CLOSING = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi"), {"(": ")", "{": "}"}
+COMMANDS, CLOSING = ("\\frac", "\\sqrt", "sqrt", "\\pi", "pi"), {"(": ")", "{": "}", "[": "]"}
 DIGITS = r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?)"
-TOKEN = re.compile(rf" ?(?:{DIGITS}|(\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|[-+*/^(){{}}\[\]]))")
+TOKEN = re.compile(rf" ?(?:{DIGITS}|(\\[A-Za-z]+|sqrt(?![a-z])|pi(?![a-z])|(?<=sqrt)\[|[-+*/^(){{}}\]]))")
 MIXED = re.compile(r"(?<![\w.^/}])([0-9]+) ?((?<= )[0-9]+/[0-9]+(?![\w.])|\\frac ?\{[0-9]+\} ?\{[0-9]+\})")
 
 
@@ -337,13 +335,12 @@ class Expression:
     def __init__(self, text: str):
         text = MIXED.sub(r"(\1+\2)", text)  # 1 3/4 and 1\frac34 are sums
         tokens = [Fraction(digits) if digits else symbol for digits, symbol in TOKEN.findall(text)]
-        nested = sum(token in ("^", *CLOSING, *COMMANDS) for token in tokens)
-        if TOKEN.sub("", text) or nested > 2 * MAX_DEPTH:
-            raise ValueError
+        if TOKEN.sub("", text) or len(re.findall(r"[({^]|frac|sqrt|pi", text)) > 2 * MAX_DEPTH:
+            raise ValueError("unknown symbols, or too many that nest")
         self.tokens = ["", *reversed(tokens)]  # "" is the end
         self.value = self.sum()
         if self.tokens != [""]:
-            raise ValueError
+            raise ValueError("not one expression")
 
     def take(self, *expected: str) -> str:
         return self.tokens.pop() if self.tokens[-1] in expected else ""
@@ -378,26 +375,22 @@ class Expression:
         if isinstance(token, Fraction):
             return Value({RATIONAL: token})
         if token in CLOSING:
-            return self.group(CLOSING[token])
+            value = self.sum()
+            if self.take(CLOSING[token]):
+                return value
         if token in ("\\pi", "pi"):
             return Value({(1, 1): Fraction(1)})
         if token == "\\frac":
             return self.argument() * self.argument().inverse()
         if token in ("\\sqrt", "sqrt"):
-            degree = self.group("]").rational() if self.take("[") else 2
+            degree = self.atom().rational() if self.tokens[-1] == "[" else 2
             return (self.argument() if token == "\\sqrt" else self.atom()).root(degree)
-        raise ValueError
-
-    def group(self, closing: str) -> Value:
-        value = self.sum()
-        if not self.take(closing):
-            raise ValueError
-        return value
+        raise ValueError(f"{token} out of place")
 
     def argument(self) -> Value:
         """What a command takes: braces, a command or a single digit; TeX reads \\sqrt12 as \\sqrt{1}2."""
         if isinstance(self.tokens[-1], Fraction) and self.tokens[-1] not in range(10):
-            raise ValueError
+            raise ValueError("several digits")
         return self.atom()
 
 
@@ -405,17 +398,18 @@ class Expression:
 
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 NO_NOUNS = """one two three four five six seven eight nine ten twelve twenty thirty forty fifty sixty hundred
-    thousand million billion trillion lakh crore pair couple dozen score gross half halve third quarter fourth fifth
-    sixth seventh eighth ninth tenth hundredth thousandth about above almost and around below but cubed divided
-    factorial false fewer less maximum maybe minimum minus mod more most nearly negative nor not over per percent
-    percentage perhaps plus possibly power probably recurring remainder repeating root roughly square squared than
-    till times? under until wrong alpha beta gamma lambda theta sin cos tan log exp""".split()
+    thousand million billion trillion lakh crore pair couple dozen score gross half halve third quarter fourth
+    fifth sixth seventh eighth ninth tenth hundredth thousandth about approximately around above below over
+    under and but nor not than till until per percent percentage fewer less least more most maximum minimum
+    almost nearly roughly maybe perhaps possibly probably false wrong negative plus minus time divided mod
+    root power square cubed squared factorial repeating recurring remainder base binary hexadecimal bce theta
+    sin cos log""".split()
 COUNTED = re.compile(rf"""([-+]?[0-9.,/ ]* (?:\\frac\ ?\{{[0-9]+\}}\ ?\{{[0-9]+\}})?)
-    \ (?!(?:{"|".join(NO_NOUNS)})s?$)[a-z]{{3,}}""", re.VERBOSE | re.IGNORECASE)  # shorter: 5 xy, 5 pm
+    \ (?!(?:{"|".join(NO_NOUNS)})s?$)[a-z]{{3,}}""", re.VERBOSE | re.IGNORECASE)  # not 5 xy, 5 pm
 
 
 def readable(reference) -> str:
-    """A reference as text, "" if it cannot be compared with: empty, None, NaN, a marker empty or not closed."""
+    """A reference as text, "" if nothing equals it: None, NaN, empty text, a marker empty or not closed."""
     if isinstance(reference, (int, float)):
         return str(reference) if abs(reference) < 2**MAX_BITS else ""
     inside = marked(reference) if isinstance(reference, str) else ""
@@ -428,9 +422,8 @@ def is_equivalent(answer: str, reference: str | int | float) -> bool:
     if max(len(answer), len(reference)) > 10 * MAX_LENGTH:
         return answer.casefold().split() == reference.casefold().split()
     answer, reference = normalize(answer), normalize(reference)
-    letter = LETTER.fullmatch(reference)
-    chosen = re.match(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)", answer)
-    if letter:
+    if letter := LETTER.fullmatch(reference):
+        chosen = re.match(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)", answer)
         return bool(chosen) and chosen[1].upper() == letter[1].upper()
     found, expected, counted = parse(answer), parse(reference), COUNTED.fullmatch(answer)
     if counted and isinstance(found, Text) and isinstance(expected, Number) and not expected.unit:
@@ -450,9 +443,8 @@ def compute_score(data_source, solution_str: str, ground_truth, extra_info=None,
 
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list[float | None]:
-    """The reward as TRL calls it, for completions that are strings or lists of messages. The reference is in the
-    first of these columns that is there. None, and so skipped by TRL, where it cannot be read."""
-    columns = (answer, solution, ground_truth, [None] * len(completions))
-    references = next(column for column in columns if column is not None)
+    """The reward as TRL calls it, for completions that are strings or lists of messages. The reference is in
+    the first of these columns that is there. None, and so skipped by TRL, where it cannot be read."""
+    references = next(x for x in (answer, solution, ground_truth, [None] * len(completions)) if x is not None)
     texts = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
     return [float(verify(*pair)) if readable(pair[1]) else None for pair in zip(texts, references)]
