@@ -1259,7 +1259,8 @@ powers    8^{\frac{1}{3}} ~ 2 ;; 2² ~ 4 ;; 2^56+1 ~ 72057594037927937 ;; 0^2 ~ 
 powers    2 \cdot 3 ~ 6 ;; 12 \div 4 ~ 3 ;; (1+2)*3 ~ 9 ;; 2^3 \cdot 5 ~ 40
 roots     2\sqrt{3} ~ \sqrt{12} ;; \frac{1}{\sqrt{2}} ~ \frac{\sqrt2}{2} ;; √12 ~ 2√3 ;; \sqrt{20402} ~ 101\sqrt{2}
 roots     \sqrt[3]{8} ~ 2 ;; \sqrt{9/4} ~ 1.5 ;; \sqrt{2}\sqrt{8} ~ 4 ;; sqrt(2)/2 ~ \frac{\sqrt{2}}{2}
-roots     \frac{1}{1+\sqrt2} ~ \sqrt2-1 ;; \sqrt{0} ~ 0 ;; 1+\sqrt2 ~ \sqrt{2} + 1 ;; \sqrt[3]{\frac{8}{27}} ~ 2/3
+roots     \frac{1}{1+\sqrt2} ~ \sqrt2-1 ;; \sqrt{0} ~ 0 ;; 1+\sqrt2 ~ \sqrt{2} + 1 ;; (\sqrt2)^4 ~ 4 ;; (2\sqrt3)^2 ~ 12
+roots     (2\sqrt3)^{-1} ~ \sqrt3/6 ;; (1+\sqrt2)^2 ~ 3+2\sqrt2 ;; \sqrt[3]{\frac{8}{27}} ~ 2/3
 roots     \frac{1}{\sqrt3-\sqrt2} ~ \sqrt3+\sqrt2 ;; 3\pi ~ \pi * 3 ;; \frac{\pi}{2} ~ 0.5\pi ;; 2π ~ 2\pi
 roots     \pi^2/\pi ~ \pi ;; \frac{3}{4}\pi ~ \frac{3\pi}{4} ;; 2pi ~ 2\pi
 units     50% ~ 1/2 ;; 50\% ~ 50 ;; 50 percent ~ 50% ;; 12.5% ~ 0.125 ;; 5％ ~ 5% ;; 5 cm ~ 5 ;; 5 cm ~ 5 centimeters
@@ -1349,6 +1350,15 @@ def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
     for answer in others.split("; "):
         assert not is_equivalent(answer, "3") and not is_equivalent("3", answer), answer
     assert is_equivalent("12 percent", "0.12") and not is_equivalent("12 apples", "12 oranges")
+
+
+def test_beyond_the_bounds_the_text_is_compared():
+    many = r"(1+\sqrt2)(1+\sqrt3)(1+\sqrt5)(1+\sqrt7)(1+\sqrt{11})"
+    for zero in (r"2^{3999}*2^{3999}*2^{3999}*0", r"(1+\sqrt2)^9*0", f"{many}*0", "(" * 50 + "0" + ")" * 50, "0e1000"):
+        assert is_equivalent(zero, zero) and not is_equivalent(zero, "0"), zero
+    for long, short in [(", ".join("1" * 65), "1, 1"), ("0" * 1000 + "1", "1"), ("[" * 30 + "1" + "]" * 30, "1")]:
+        assert is_equivalent(long, long) and not is_equivalent(long, short), long
+    assert not is_equivalent("[" * 30 + "0.5" + "]" * 30, "[" * 30 + ".50" + "]" * 30)
 
 
 def test_letters_of_multiple_choice():

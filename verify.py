@@ -425,10 +425,10 @@ def is_equivalent(answer: str, reference: str | int | float) -> bool:
     if letter := LETTER.fullmatch(reference):
         chosen = re.match(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)", answer)
         return bool(chosen) and chosen[1].upper() == letter[1].upper()
-    found, expected, counted = parse(answer), parse(reference), COUNTED.fullmatch(answer)
-    if counted and isinstance(found, Text) and isinstance(expected, Number) and not expected.unit:
-        found = parse(counted[1])
-    return answer != "" and equal(found, expected)
+    expected, counted = parse(reference), COUNTED.fullmatch(answer)
+    if counted and isinstance(expected, Number) and not expected.unit:
+        answer = counted[1]
+    return answer != "" and equal(parse(answer), expected)
 
 
 def verify(response: str, reference: str | int | float) -> bool:
