@@ -1345,7 +1345,7 @@ def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
         assert is_equivalent(answer, "12") and not is_equivalent("12", answer), answer
         assert not is_equivalent(answer, "$12") and not is_equivalent(answer, "13"), answer
     others = ("3 dozen; 3 millions; 3 thousandths; 3 quarters; 3 halves; 3 squared; 3 more; 3 times; 3 less; 3 over; "
-              "3 percentage; 3 repeating; 3 and; 3 five; 3 binary; 3 sin; 3 of 5 apples; 3 apples and 5; 3 5 apples; "
+              "3 percentage; 3 repeating; 3 five; 3 binary; 3 sin; 3√; 3 of 5 apples; 3 apples and 5; 3 5 apples; "
               "1 + 2 apples; 3, 5 apples; 3 or 5 apples; not 3 apples; -3 apples; 3 xy; 3 pm; 3 x; 3apples")
     for answer in others.split("; "):
         assert not is_equivalent(answer, "3") and not is_equivalent("3", answer), answer
@@ -1366,6 +1366,9 @@ def test_letters_of_multiple_choice():
         assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
     for answer in ("C", "BAD", "A or B", "12", "Because", "B and C", "AB", "not B", ""):
         assert not is_equivalent(answer, "B"), answer
+
+
+def test_response_that_ends_on_the_letter_of_an_option():
     for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**"):
         assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
     for response in ("A B", "BB", "the correct option is b", "incorrect option is (B)", "the correct option is (B)?",

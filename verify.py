@@ -403,7 +403,7 @@ NO_NOUNS = """one two three four five six seven eight nine ten twelve twenty thi
     under and but nor not than till until per percent percentage fewer less least more most maximum minimum
     almost nearly roughly maybe perhaps possibly probably false wrong negative plus minus time divided mod
     root power square cubed squared factorial repeating recurring remainder base binary hexadecimal bce theta
-    sin cos log""".split()
+    sin cos log sqrt tan""".split()
 COUNTED = re.compile(rf"""([-+]?[0-9.,/ ]* (?:\\frac\ ?\{{[0-9]+\}}\ ?\{{[0-9]+\}})?)
     \ (?!(?:{"|".join(NO_NOUNS)})s?$)[a-z]{{3,}}""", re.VERBOSE | re.IGNORECASE)  # not 5 xy, 5 pm
 
