@@ -1446,7 +1446,7 @@ def hostile_inputs():
     rng = random.Random(0)
     pieces = pieces_of(r"\boxed{ } { \frac \sqrt ^ 9 1e9 , ( ) [ ] \{ \pm ␣or␣ #### <answer> $ \text{ ² \ - / . x= %"
                        r" ␣ ⏎ = _{ \, \boxed␣ ␣apples f(")
-    for _ in range(1500):
+    for _ in range(1000):
         yield "".join(rng.choice(pieces) for _ in range(rng.randint(1, 40)))
         yield bytes(rng.randrange(256) for _ in range(rng.randint(1, 60))).decode("latin-1")
         yield "".join(chr(rng.choice([rng.randrange(0x3000), rng.randrange(0xD800, 0xE000)])) for _ in range(20))
@@ -1477,7 +1477,7 @@ def test_long_inputs_cost_time_in_proportion_to_their_length():
         assert type(verify(text, "B")) is bool
         return time.process_time() - start
 
-    for short, long in zip(long_inputs(10_000), long_inputs(100_000)):
+    for short, long in zip(long_inputs(4_000), long_inputs(40_000)):
         assert any(seconds(long) < 20 * seconds(short) + 0.002 for _ in range(5)), long[:20]  # again if disturbed
     nested = "\\boxed{" + "\\{" * 20 + "1" + "\\}" * 20 + "}"
     assert any(seconds(nested) < 0.1 for _ in range(5))
