@@ -753,7 +753,7 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     assert run(
         "--device", "cpu", "--model", tiny, "--train-data", data, "--eval-data", data, "--prompt-key", "question",
         "--max-new-tokens", 8, "--max-prompt-tokens", 200, "--steps", 2, "--prompts-per-step", 3, "--group-size", 4,
-        "--eval-samples", 2, "--reward", "my_reward:count", "--system-prompt", "Be brief.", "--prompt-suffix", " Think.",
+        "--eval-samples", 2, "--reward", "my_reward:count", "--system-prompt", "Brief.", "--prompt-suffix", " Think.",
         "--kl-coef", 0.1, "--inner-epochs", 2, "--micro-batch", 5, "--alpha", 0.3, "--output-dir", tmp_path / "run") == 0
     assert "skipped 1 prompts" in capfd.readouterr().out
     metrics, samples = rows_of(tmp_path / "run" / "metrics.jsonl"), rows_of(tmp_path / "run" / "samples.jsonl")
