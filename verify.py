@@ -20,8 +20,7 @@ Equivalence looks at the whole answer and is exact: rationals of any size, no fl
     tuples       (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
     sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2" = "1 and 2", never one of its elements; 2 \pm 1 = {1, 3}
     letters      if the reference is a letter A to J: B = (B) = B. = "B) because ..." [convention]
-    text         all else, matrices and algebra too: equal but for case, spaces, $...$, \text{}, \left, a full
-                 stop and the like; y^{3} = y^3, \leq = \le
+    text         all else, matrices and algebra too: equal but for case, spaces, $...$, \text{} and the like
 Where no convention [convention] is involved, is_equivalent(a, b) == is_equivalent(b, a).
 
 An empty, missing or unreadable reference never matches. Nothing of an answer is executed. Digits, exponents,
@@ -258,7 +257,6 @@ def split(text: str, separator: re.Pattern) -> list[str]:
 
 # ---------------------------------------------------------------------------------------- Exact arithmetic
 
-
 class Value(dict):
     """A sum of terms, {(square-free radicand, power of pi): rational coefficient}, none of them 0, so that
     equal values are equal dicts: 3/2 + 2 sqrt(3) pi is {(1, 0): 3/2, (3, 1): 2}, and 0 is {}."""
@@ -419,6 +417,8 @@ def readable(reference) -> str:
 def is_equivalent(answer: str, reference: str | int | float) -> bool:
     """Whether two answers are the same, by the rules at the top of this file. Never raises."""
     answer, reference = readable(answer), readable(reference)
+    if answer and answer.replace("\\,", " ") == reference.replace("\\,", " "):  # whatever it means
+        return True
     if max(len(answer), len(reference)) > 10 * MAX_LENGTH:
         return answer.casefold().split() == reference.casefold().split()
     answer, reference = normalize(answer), normalize(reference)
