@@ -229,14 +229,13 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     eos, rows = torch.tensor(eos_ids, device=device), torch.arange(B, device=device)  # the rows in the batch
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        position_ids = position_ids[:, -1:]
-        if by_row:
-            cache.batch_repeat_interleave(group_size)
-            logits, attention_mask, position_ids = (
-                x.repeat_interleave(group_size, dim=0) for x in (logits, attention_mask, position_ids))
         for t in range(max_new_tokens):
+            logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
+                           past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
+                cache.batch_repeat_interleave(group_size)
+                logits, attention_mask, position_ids = (
+                    x.repeat_interleave(group_size, dim=0) for x in (logits, attention_mask, position_ids))
             log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
             p = log_p.exp()
             if temperature:
@@ -258,9 +257,8 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
                 cache.batch_select_indices(unfinished.nonzero().squeeze(1))
                 rows, attention_mask = rows[unfinished], attention_mask[unfinished]
                 position_ids = position_ids[unfinished]
-            attention_mask, position_ids = pad(attention_mask, (0, 1), value=1), position_ids + 1
-            logits = model(input_ids=tokens[rows, t, None], attention_mask=attention_mask,
-                           position_ids=position_ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            ids, attention_mask = tokens[rows, t, None], pad(attention_mask, (0, 1), value=1)
+            position_ids = position_ids[:, -1:] + 1
 
     T, responses = int(lengths.max()), zip(repeated, tokens.tolist(), lengths.tolist())
     ids = padded([prompt + row[:length] for prompt, row, length in responses], device)
@@ -476,8 +474,8 @@ def check(config: Config) -> None:
         if not (out / "checkpoint/state.pt").exists():
             raise UserError(f"--resume: no checkpoint in {out}")
         saved = json.loads((out / "config.json").read_text())
+        free = ("resume", "steps", "device", "save_every", "micro_batch", "gradient_checkpointing")
         for name, value in asdict(config).items():
-            free = ("resume", "steps", "device", "save_every", "micro_batch", "gradient_checkpointing")
             if value != saved.get(name) and name not in free:
                 name, was = name.replace("_", "-"), saved.get(name)
                 raise UserError(f"--resume: this run has another --{name}: {was}, not {value}")
