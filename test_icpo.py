@@ -794,6 +794,38 @@ def test_prompts_go_through_the_chat_template_and_tokens(tiny, tmp_path):
     assert tokenizer.decode(example.ids) == "2+2 is 4!" and 256 in example.ids
 
 
+def test_evaluation_equals_loops(tiny, monkeypatch):
+    model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
+    examples, seen = [icpo.Example("", "r", [n + 1] * (n + 1)) for n in range(5)], {1: [], 3: []}
+
+    def spy(model, prompts, k, *args):
+        rollout = sample(model, prompts, k, *args)
+        responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
+        seen[k] += [responses[start:start + k] for start in range(0, len(responses), k)]
+        return rollout
+
+    monkeypatch.setattr(icpo, "sample", spy)
+    config = Config(prompts_per_step=2, group_size=3, eval_samples=3, max_new_tokens=5, seed=3)
+    metrics, greedy = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config)
+    rewards = {k: [[len(text) % 3 / 2 for text in group] for group in groups] for k, groups in seen.items()}
+    assert greedy == [(texts[0], scores[0]) for texts, scores in zip(seen[1], rewards[1], strict=True)]
+    assert metrics == pytest.approx({
+        "eval/accuracy": statistics.mean(scores[0] for scores in rewards[1]),
+        "eval/mean_at_k": statistics.mean(itertools.chain(*rewards[3])),
+        "eval/pass_at_k": statistics.mean(map(max, rewards[3]))})
+    assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(seen[3]) == 5
+    assert icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config)[0] == metrics
+
+
+def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run("--model", tiny, "--train-data", data, "--max-new-tokens", 8, "--steps", 2, "--seed", seed,
+                   "--lr", 1e-30, "--prompts-per-step", 1, "--output-dir", tmp_path / name, "--device", "cpu") == 0
+    a, b, c = ([row["response"] for row in rows_of(tmp_path / name / "samples.jsonl")] for name in "abc")
+    assert a == b and a != c and a[:8] != a[8:] and len(a) == 16
+
+
 def test_every_example_once_an_epoch():
     taken = [i for step in range(1, 13) for i in icpo.batch_indices(10, step, 5, seed=0)]
     epochs = [taken[start:start + 10] for start in range(0, 60, 10)]
