@@ -245,7 +245,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
             else:
                 token = log_p.argmax(dim=-1, keepdim=True)
             log_probs[rows, t] = log_p.gather(1, token).squeeze(1)
-            entropies[rows, t] = torch.special.entr(p).sum(dim=-1)  # entr(p) = -p log p, and 0 at p = 0
+            entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
             tokens[rows, t] = token.squeeze(1)
 
             ended = rows[torch.isin(token.squeeze(1), eos)]
@@ -290,7 +290,9 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
                 given = replace(outputs, last_hidden_state=features[None])
                 with patch.object(decoder, "forward", lambda *args, **kwargs: given):
                     logits = model(input_ids=targets[None]).logits[0]
-            return (logits.float() / temperature).log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+            # A division by 1 would cost three passes over (N, V), with its gradient.
+            logits = logits.float() if temperature == 1 else logits.float() / temperature
+            return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
         size = max(1, max_logits // model.config.vocab_size)
         chunks = list(zip(features[row, position - 1].split(size), targets.split(size)))
