@@ -753,7 +753,7 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     assert run(
         "--device", "cpu", "--model", tiny, "--train-data", data, "--eval-data", data, "--prompt-key", "question",
         "--max-new-tokens", 8, "--max-prompt-tokens", 200, "--steps", 2, "--prompts-per-step", 3, "--group-size", 4,
-        "--eval-samples", 2, "--reward", "my_reward:count", "--system-prompt", "Be brief.", "--prompt-suffix", " Think.",
+        "--eval-samples", 2, "--reward", "my_reward:count", "--system-prompt", "Brief.", "--prompt-suffix", " Think.",
         "--kl-coef", 0.1, "--inner-epochs", 2, "--micro-batch", 5, "--alpha", 0.3, "--output-dir", tmp_path / "run") == 0
     assert "skipped 1 prompts" in capfd.readouterr().out
     metrics, samples = rows_of(tmp_path / "run" / "metrics.jsonl"), rows_of(tmp_path / "run" / "samples.jsonl")
@@ -1039,75 +1039,27 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
 # ----------------------------------------------------------------------------------------------------------- Verifier
 
 
-@pytest.mark.parametrize("response, answer", [
-    ("so \\boxed{42}", "42"), ("\\boxed{\\frac{1}{2}} done", "\\frac{1}{2}"), ("\\boxed{1} then \\boxed{2}", "2"),
-    ("\\fbox{3}", "3"), ("\\boxed {4}", "4"), ("\\boxed{\\boxed{5}}", "5"), ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-    ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."), ("<answer> 7 </answer>", "7"),
-    ("<answer>\\boxed{8}</answer>", "8"), ("<answer>\n#### 9</answer>", "9"), ("\\boxed{1} <answer>2</answer>", "2"),
-    ("\\boxed{1}\n#### 5", "5"), ("#### 5\n\\boxed{1}", "1"), ("work\n#### -1,200 \nbye", "-1,200"),
-    ("#### $18", "$18"), ("#### 18 dollars", "18 dollars"), ("#### Summary\n#### 12", "12"), ("#### 12\n#### Summary", "12"),
-    ("#### 12\n#### 3. Check the result", "12"), ("##### 5 apples and 6", "6"),
-    ("\\boxed{9} <think>\\boxed{1}</think> \\boxed{2}", "2"), ("<think>\\boxed{1}</think> no", None),
-    ("</think> a \\boxed{1} </think> \\boxed{2}", "2"), ("The answer is 12. Bye", "12"), ("Answer: x", "x"),
-    ("The final answer is: **3.5**.", "3.5"), ("Answer:\n\n42\nbye", "42"), ("**Answer:** (B)", "(B)"),
-    ("the answer is 1 or 2", "1 or 2"), ("the answer is 7, the answer is 8.", "8"), ("first 3 then 4/5", "4/5"),
-    ("costs -7 in all", "-7"), ("10-7", "7"), ("1,234.5% more", "1,234.5%"), ("it is 3, and 4, ok", "4"), ("x" * 1000 + " 5 " + "y" * 1000, "5"),
-    ("nothing here", None), ("", None), ("\\boxed{1} \\boxed{}", None), ("\\boxed{1} \\boxed{2", None), ("\\boxed 5", None),
-    ("#### 4\n<answer>5", None), ("\\boxed{3} <answer></answer>", None), ("the answer is 4 \\boxed{", None)])
-def test_extraction(response, answer):
-    assert extract_answer(response) == answer
-
-
-def test_strict_extraction_stops_before_phrase_and_number():
-    assert extract_answer("The answer is 12", strict=True) is None and extract_answer("it is 12", strict=True) is None
-    assert extract_answer("#### 12", strict=True) == "12"
-
-
-EQUAL = r"""
-integers      18 ~ 18.0 ;; +18 ~ 18 ;; 18. ~ 18 ;; 007 ~ 7 ;; -0 ~ 0 ;; 72057594037927937 ~ 72057594037927937.0 ;; −4 ~ -4 ;; ２１ ~ 21 ;; --5 ~ 5
-decimals      .5 ~ 0.50 ;; 1.250 ~ 1.25 ;; 0.1 ~ 1/10 ;; -.75 ~ -0.75 ;; 3.0000000000000000000001 ~ 3.00000000000000000000010
-thousands     1,234,567 ~ 1234567 ;; 1,234.50 ~ 1234.5 ;; 1{,}000 ~ 1000 ;; $1,000 ~ 1000 ;; 10\,000 ~ 10 000 ;; -3,000 ~ -3000
-fractions     -3/4 ~ \frac{-3}{4} ;; -\frac{3}{4} ~ -0.75 ;; \dfrac{3}{4} ~ 6/8 ;; \tfrac12 ~ 0.5 ;; \frac{3}{-4} ~ -3/4 ;; \frac{1}{2}/2 ~ 1/4 ;; \frac 3 4 ~ 3/4 ;; ½ ~ 0.5 ;; 3⁄4 ~ 0.75
-mixed         1 3/4 ~ 7/4 ;; -1\frac{3}{4} ~ -1.75 ;; 1\frac34 ~ 1.75 ;; 2½ ~ 5/2 ;; 1 \frac{1}{2} ~ 3/2
-scientific    1.5e3 ~ 1500 ;; 1.5 \times 10^3 ~ 1500 ;; 1.5×10^{3} ~ 1.5E3 ;; 5·10⁻² ~ 0.05 ;; 2*10^-3 ~ 0.002 ;; 1e-3 ~ 0.001 ;; 10²³ ~ 10^{23}
-powers        2^{10} ~ 1024 ;; 2^-1 ~ 0.5 ;; (-2)^2 ~ 4 ;; -2^2 ~ -4 ;; 4^{1/2} ~ 2 ;; 8^{\frac{1}{3}} ~ 2 ;; 2² ~ 4 ;; 2^56+1 ~ 72057594037927937 ;; 0^2 ~ 0
-roots         2\sqrt{3} ~ \sqrt{12} ;; \frac{1}{\sqrt{2}} ~ \frac{\sqrt2}{2} ;; √12 ~ 2√3 ;; \sqrt{20402} ~ 101\sqrt{2} ;; \sqrt[3]{8} ~ 2 ;; \sqrt{9/4} ~ 1.5 ;; \sqrt{2}\sqrt{8} ~ 4 ;; sqrt(2)/2 ~ \frac{\sqrt{2}}{2} ;; \frac{1}{1+\sqrt2} ~ \sqrt2-1 ;; \sqrt{0} ~ 0 ;; 1+\sqrt2 ~ \sqrt{2} + 1
-pi            3\pi ~ \pi * 3 ;; \frac{\pi}{2} ~ 0.5\pi ;; 2π ~ 2\pi ;; \pi^2/\pi ~ \pi ;; \frac{3}{4}\pi ~ \frac{3\pi}{4} ;; 2pi ~ 2\pi
-products      2(3) ~ 6 ;; (2)(3) ~ 6 ;; 2 \cdot 3 ~ 6 ;; 12 \div 4 ~ 3 ;; (1+2)*3 ~ 9 ;; 2^3 \cdot 5 ~ 40
-percent       50% ~ 1/2 ;; 50\% ~ 50 ;; 50 percent ~ 50% ;; 12.5% ~ 0.125 ;; 5％ ~ 5%
-units         5 cm ~ 5 ;; 5 cm ~ 5 centimeters ;; 5\text{ cm}^2 ~ 5 square cm ;; 90^\circ ~ 90 ;; 90° ~ 90 degrees ;; 5 \text{ m/s} ~ 5 ;; 3 hours ~ 3 h ;; 5cm ~ 5 \mathrm{cm}
-currency      $5 ~ 5 ;; -$5 ~ -5 ;; $-5 ~ -5 ;; 5 dollars ~ $5 ;; €7 ~ 7 euros ;; \$1,000 ~ 1000 ;; 10 USD ~ $10 ;; £3.50 ~ 3.5 pounds
-wrappers      \text{Paris} ~ paris ;; $\frac{1}{2}$ ~ 0.5 ;; \(7\) ~ 7 ;; \[7\] ~ 7 ;; $$7$$ ~ 7 ;; **12** ~ 12 ;; \boxed{7} ~ 7 ;; `7` ~ 7 ;; \left(1,2\right) ~ (1,2) ;; {7} ~ 7 ;; (7) ~ 7 ;; \displaystyle\frac12 ~ 1/2
-names         x = 5 ~ 5 ;; x=5 ~ x = 5.0 ;; x_1 = 3 ~ 3 ;; f(x) = 2 ~ 2 ;; \theta = \pi ~ \pi ;; x \in [0,1] ~ [0, 1] ;; x∈[0,1] ~ x \in [0,1]
-tuples        (1,2) ~ (1, 2.0) ;; (\frac12, -1) ~ (0.5, -1) ;; (1,2,3) ~ ( 1 , 2 , 3 ) ;; （1，2） ~ (1,2)
-intervals     [0,1) ~ [0, 1) ;; (-\infty, 3] ~ (-∞,3] ;; (2, +\infty) ~ (2,\infty) ;; (1,2)\cup(3,4) ~ (3,4) \cup (1,2) ;; (0,1)∪[2,3] ~ [2,3]\cup(0,1) ;; [\frac{1}{2}, 2] ~ [0.5, 2]
-sets          \{1,2\} ~ \{2, 1\} ;; {1, 2} ~ \{2,1\} ;; \{\frac12\} ~ \{0.5\} ;; \{(1,2),(3,4)\} ~ \{(3,4),(1,2)\} ;; \{a, b\} ~ \{b,a\}
-lists         1, 2 ~ 2,1 ;; 1 or 2 ~ 2 and 1 ;; 1, 2, and 3 ~ 3,2,1 ;; x=1 or x=2 ~ 1, 2 ;; 1,000, 5 ~ 5, 1000 ;; 2 \pm 1 ~ 1, 3 ;; \pm 3 ~ -3, 3 ;; 1 ± √2 ~ 1+\sqrt2, 1-\sqrt2
-matrices      \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ~ \begin{pmatrix}1&2\\3&4\end{pmatrix}
-text          new york ~ New  York. ;; yes ~ Yes ;; x^2 + 1 ~ x^2+1 ;; \text{(red, blue)} ~ (red,blue) ;; 10:30 ~ 10:30 ;; \sqrt{-1} ~ \sqrt{ -1 } ;; 1/0 ~ 1/0 ;; 5 apples ~ 5 Apples
-"""
-
-UNEQUAL = r"""
-integers      18 ~ 19 ;; -5 ~ 5 ;; 100001 ~ 100000 ;; 72057594037927937 ~ 72057594037927936 ;; 12 ~ 1 2 ;; 5 ~ five ;; 11 ~ 1 ;; 5- ~ 5
-decimals      0.333 ~ 1/3 ;; 3.14 ~ 3.1400001 ;; 0.1 ~ 0.10000000000000000001 ;; 1.2.3 ~ 1.2 ;; 2.5 ~ 25 ;; 0.5 ~ .05
-thousands     12,34 ~ 1234 ;; 1,2345 ~ 12345 ;; 1,234 ~ 1.234 ;; 1,000 ~ 1 ;; 1,00 ~ 100 ;; 1,234,5 ~ 12345
-fractions     1/2 ~ 2 ;; 3/4 ~ 4/3 ;; 1/0 ~ 0 ;; \frac{1}{2} ~ 12 ;; \frac{1}{0} ~ 1 ;; 1/2/2 ~ 1 ;; \frac{1}{2 ~ 1/2 ;; \frac12 ~ \frac{1}{20}
-mixed         1 3/4 ~ 13/4 ;; 1 3/4 ~ 3/4 ;; -1 3/4 ~ -1/4 ;; 1\frac34 ~ 3/4 ;; 1 2 3 ~ 12 3
-scientific    1e9 ~ 1 ;; 1.5e3 ~ 1.5 ;; 2 \times 10^3 ~ 20^3 ;; 1e-3 ~ 1000 ;; 10^3 ~ 103 ;; 10^{23} ~ 10^{2}3
-powers        2^3 ~ 23 ;; 2^3 ~ 6 ;; (-2)^2 ~ -4 ;; 2^56 ~ 2^56+1 ;; 10^{10^{10}} ~ 1 ;; 9^{9^9} ~ 9^{9^{8}} ;; 0^0 ~ 1 ;; 2^{0.5} ~ 1.41421356
-roots         \sqrt2 ~ 1.414 ;; \sqrt{3} ~ 3 ;; \sqrt{2}+\sqrt{3} ~ \sqrt{5} ;; 2\sqrt{3} ~ 3\sqrt{2} ;; \sqrt{-1} ~ 1 ;; \sqrt[3]{2} ~ \sqrt{2} ;; \sqrt{4} ~ -2 ;; \sqrt{12} ~ \sqrt1 2
-pi            \pi ~ 3.14 ;; \pi ~ 22/7 ;; 2\pi ~ \pi^2 ;; 3\pi ~ 3 ;; \frac{\pi}{2} ~ 2\pi ;; pie ~ \pi
-percent       50% ~ 5 ;; 0.5% ~ 50% ;; 50% ~ 500 ;; 12% ~ 0.012
-units         5 cm ~ 5 m ;; 5 kg ~ 5 g ;; 5 cm ~ 5 cm^2 ;; 5 apples ~ 5 ;; 5m ~ 5 ;; 500 cm ~ 5 m ;; 90° ~ 90 km ;; 5 hours ~ 5 minutes ;; 5 m or 6 m ~ 5
-currency      $5 ~ €5 ;; $5 ~ 5 cents ;; $5-$10 ~ 5 ;; $5 ~ $50 ;; $ ~ 0
-wrappers      \text{Paris} ~ rome ;; 15 \text{ or } 16 ~ 15 ;; \boxed{7} ~ 8 ;; \boxed{} ~ 0 ;; \boxed{7 ~ 7
-names         x = 5 ~ y = 5 ;; x = 5 ~ x = 6 ;; x = y = 5 ~ 5 ;; x_1 = 3 ~ x_2 = 3 ;; x > 5 ~ 5 ;; x \ne 5 ~ 5
-tuples        (1,2) ~ (2,1) ;; (1,2) ~ (1,2,3) ;; (1,2) ~ 1,2 ;; (1,2) ~ \{1,2\} ;; (1,23) ~ (12,3) ;; (1,2) ~ 12 ;; (1,000) ~ 1000
-intervals     [0,1) ~ (0,1) ;; [0,1) ~ [0,1] ;; (-\infty,3) ~ (\infty,3) ;; (0,1) ~ (0,1)\cup(2,3) ;; [0,1] ~ 0 ;; (-\infty,3) ~ (-3,\infty)
-sets          {1,2} ~ 1 ;; {1,2} ~ {1,3} ;; \{1,2,3\} ~ \{1,2\} ;; \{1\} ~ \{2\} ;; \{\} ~ \{0\}
-hedges        1 or 2 ~ 1 ;; 1, 2 ~ 2 ;; 1 and 2 ~ 12 ;; not 5 ~ 5 ;; 5-6 ~ 5 ;; 5–6 ~ 5 ;; between 5 and 6 ~ 5 ;; about 5 ~ 5 ;; ~5 ~ 6 ;; 5 to 6 ~ 5 ;; 5? ~ 6 ;; 2\pm 1 ~ 3 ;; 5 (or 6) ~ 5 ;; 5 or more ~ 5 ;; 5, maybe 6 ~ 6 ;; 1/2/3 ~ 1 ;; 3 = 4 ~ 4
-matrices      \begin{pmatrix} 1 & 2 \end{pmatrix} ~ \begin{pmatrix} 1 2 \end{pmatrix} ;; \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix} ;; \begin{pmatrix}1\end{pmatrix} ~ 1
-text          paris ~ rome ;; a b ~ ab ;; x+1 ~ x+2 ;; 10:30 ~ 10.30 ;; true ~ false ;; ² ~ 2 ;; \infty ~ -\infty ;; __import__('os') ~ 1 ;; 5 ~ 5; rm -rf ;; ٣ ~ 3 ;; i ~ 1
+EXTRACTED = r"""
+markers   so \boxed{42} ~ 42 ;; \boxed{\frac{1}{2}} done ~ \frac{1}{2} ;; \boxed{1} then \boxed{2} ~ 2 ;; \fbox{3} ~ 3
+markers   \boxed {4} ~ 4 ;; \boxed{\boxed{5}} ~ 5 ;; \boxed{\{1, 2\}} ~ \{1, 2\}
+markers   \boxed{\left\{ x \right.} ~ \left\{ x \right. ;; \boxed 5 ~ 5 ;; $\boxed 7$. ~ 7 ;; \fbox B ~ B
+markers   \boxed\pi⏎ ~ \pi ;; <answer> 7 </answer> ~ 7 ;; <answer>\boxed{8}</answer> ~ 8 ;; <answer>⏎#### 9</answer> ~ 9
+markers   \boxed{1} <answer>2</answer> ~ 2 ;; \boxed{1}⏎#### 5 ~ 5 ;; #### 5⏎\boxed{1} ~ 1
+markers   work⏎#### -1,200 ⏎bye ~ -1,200 ;; #### $18 ~ $18 ;; #### 18 dollars ~ 18 dollars ;; #### 12 apples ~ 12 apples
+markers   #### Summary⏎#### 12 ~ 12 ;; #### 12⏎#### Summary ~ 12 ;; #### 12⏎#### 3. Check the result ~ 12
+markers   ##### 5 apples and 6 ~ 6 ;; \boxed{9} <think>\boxed{1}</think> \boxed{2} ~ 2
+markers   </think> a \boxed{1} </think> \boxed{2} ~ 2
+phrases   The answer is 12. Bye ~ 12 ;; Answer: x ~ x ;; The final answer is: **3.5**. ~ 3.5 ;; Answer:⏎⏎42⏎bye ~ 42
+phrases   **Answer:** (B) ~ (B) ;; the answer is 1 or 2 ~ 1 or 2 ;; the answer is 7, the answer is 8. ~ 8
+phrases   The answer is 12 because 3 * 4 = 12. ~ 12 ;; The answer is **12**, since 3 * 4 is ~ 12
+phrases   The answer is A as 7 is prime ~ A ;; the answer is 4 so that 5 is not ~ 4
+phrases   the answer is 5 as well as 6 ~ 5 as well ;; the answer is basic ~ basic ;; the answer is 4 so what ~ 4 so what
+phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; 10-7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
+phrases   it is 3, and 4, ok ~ 4
+nothing   <think>\boxed{1}</think> no ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
+nothing   \boxed 7.5 ~ None ;; \boxed 7/8 ~ None ;; \boxed 7, 8 ~ None ;; \boxed -7 ~ None ;; \boxedx 5 ~ None
+nothing   \boxed{1} \boxed{} ~ None ;; \boxed{1} \boxed{2 ~ None ;; #### 4⏎<answer>5 ~ None
+nothing   \boxed{3} <answer></answer> ~ None ;; the answer is 4 \boxed{ ~ None
 """
 
 
@@ -1115,8 +1067,106 @@ def pairs(table):
     for line in table.strip().splitlines():
         category, cases = line.split(None, 1)
         for case in cases.split(" ;; "):
-            a, b = case.strip().rsplit(" ~ ", 1)
+            a, b = case.strip().replace("⍽", "\u00a0").replace("⏎", "\n").rsplit(" ~ ", 1)
             yield pytest.param(a, b, id=f"{category}: {case.strip()}")
+
+
+@pytest.mark.parametrize("response, answer", [*pairs(EXTRACTED)])
+def test_extraction(response, answer):
+    assert str(extract_answer(response)) == answer
+
+
+def test_strict_extraction_stops_before_letter_phrase_and_number():
+    assert extract_answer("The answer is 12", strict=True) is None and extract_answer("it is 12", strict=True) is None
+    assert extract_answer("B", strict=True, letter=True) is None and extract_answer("#### 12", strict=True) == "12"
+    assert extract_answer("") is None and extract_answer("x" * 1000 + " 5 " + "y" * 1000) == "5"
+
+
+EQUAL = r"""
+decimals  18 ~ 18.0 ;; +18 ~ 18 ;; 18. ~ 18 ;; 007 ~ 7 ;; -0 ~ 0 ;; 72057594037927937 ~ 72057594037927937.0 ;; −4 ~ -4
+decimals  ２１ ~ 21 ;; --5 ~ 5 ;; .5 ~ 0.50 ;; 1.250 ~ 1.25 ;; 0.1 ~ 1/10 ;; -.75 ~ -0.75
+decimals  3.0000000000000000000001 ~ 3.00000000000000000000010 ;; 1,234,567 ~ 1234567 ;; 1,234.50 ~ 1234.5
+decimals  1{,}000 ~ 1000 ;; $1,000 ~ 1000 ;; -3,000 ~ -3000
+decimals  10\,000 ~ 10000 ;; 10\,000 ~ 10 000 ;; 12\,500 ~ 12500 ;; 12\!500 ~ 12500
+decimals  12⍽500 ~ 12500 ;; 1\,234\,567.5 ~ 1234567.5 ;; (1\,234, 5) ~ (1234, 5)
+fractions -3/4 ~ \frac{-3}{4} ;; -\frac{3}{4} ~ -0.75 ;; \dfrac{3}{4} ~ 6/8 ;; \tfrac12 ~ 0.5 ;; \frac{3}{-4} ~ -3/4
+fractions \frac{1}{2}/2 ~ 1/4 ;; \frac 3 4 ~ 3/4 ;; ½ ~ 0.5 ;; 3⁄4 ~ 0.75 ;; 1 3/4 ~ 7/4 ;; -1\frac{3}{4} ~ -1.75
+fractions 1\frac34 ~ 1.75 ;; 2½ ~ 5/2 ;; 1 \frac{1}{2} ~ 3/2
+powers    1.5e3 ~ 1500 ;; 1.5 \times 10^3 ~ 1500 ;; 1.5×10^{3} ~ 1.5E3 ;; 5·10⁻² ~ 0.05 ;; 2*10^-3 ~ 0.002
+powers    1e-3 ~ 0.001 ;; 10²³ ~ 10^{23} ;; 2^{10} ~ 1024 ;; 2^-1 ~ 0.5 ;; (-2)^2 ~ 4 ;; -2^2 ~ -4 ;; 4^{1/2} ~ 2
+powers    8^{\frac{1}{3}} ~ 2 ;; 2² ~ 4 ;; 2^56+1 ~ 72057594037927937 ;; 0^2 ~ 0 ;; 2(3) ~ 6 ;; (2)(3) ~ 6
+powers    2 \cdot 3 ~ 6 ;; 12 \div 4 ~ 3 ;; (1+2)*3 ~ 9 ;; 2^3 \cdot 5 ~ 40
+roots     2\sqrt{3} ~ \sqrt{12} ;; \frac{1}{\sqrt{2}} ~ \frac{\sqrt2}{2} ;; √12 ~ 2√3 ;; \sqrt{20402} ~ 101\sqrt{2}
+roots     \sqrt[3]{8} ~ 2 ;; \sqrt{9/4} ~ 1.5 ;; \sqrt{2}\sqrt{8} ~ 4 ;; sqrt(2)/2 ~ \frac{\sqrt{2}}{2}
+roots     \frac{1}{1+\sqrt2} ~ \sqrt2-1 ;; \sqrt{0} ~ 0 ;; 1+\sqrt2 ~ \sqrt{2} + 1 ;; (\sqrt2)^4 ~ 4 ;; (2\sqrt3)^2 ~ 12
+roots     (2\sqrt3)^{-1} ~ \sqrt3/6 ;; (1+\sqrt2)^2 ~ 3+2\sqrt2 ;; \sqrt[3]{\frac{8}{27}} ~ 2/3
+roots     \frac{1}{\sqrt3-\sqrt2} ~ \sqrt3+\sqrt2 ;; 3\pi ~ \pi * 3 ;; \frac{\pi}{2} ~ 0.5\pi ;; 2π ~ 2\pi
+roots     \pi^2/\pi ~ \pi ;; \frac{3}{4}\pi ~ \frac{3\pi}{4} ;; 2pi ~ 2\pi
+units     50% ~ 1/2 ;; 50\% ~ 50 ;; 50 percent ~ 50% ;; 12.5% ~ 0.125 ;; 5％ ~ 5% ;; 5 cm ~ 5 ;; 5 cm ~ 5 centimeters
+units     5\text{ cm}^2 ~ 5 square cm ;; 90^\circ ~ 90 ;; 90° ~ 90 degrees ;; 5 \text{ m/s} ~ 5 ;; 3 hours ~ 3 h
+units     5cm ~ 5 \mathrm{cm} ;; $5 ~ 5 ;; -$5 ~ -5 ;; $-5 ~ -5 ;; 5 dollars ~ $5 ;; €7 ~ 7 euros ;; \$1,000 ~ 1000
+units     10 USD ~ $10 ;; £3.50 ~ 3.5 pounds
+wrappers  \text{Paris} ~ paris ;; $\frac{1}{2}$ ~ 0.5 ;; \(7\) ~ 7 ;; \[7\] ~ 7 ;; $$7$$ ~ 7 ;; **12** ~ 12
+wrappers  \boxed{7} ~ 7 ;; `7` ~ 7 ;; \left(1,2\right) ~ (1,2) ;; {7} ~ 7 ;; (7) ~ 7 ;; \displaystyle\frac12 ~ 1/2
+wrappers  \boldsymbol{\frac{2}{7}} ~ 2/7 ;; \mathbf{\sqrt{2}} ~ \sqrt2 ;; \mathbf{\frac{\sqrt{3}}{2}} ~ \frac{\sqrt3}{2}
+wrappers  \boldsymbol{\text{Paris}} ~ Paris
+names     x = 5 ~ 5 ;; x=5 ~ x = 5.0 ;; x_1 = 3 ~ 3 ;; f(x) = 2 ~ 2 ;; \theta = \pi ~ \pi ;; x \in [0,1] ~ [0, 1]
+names     x∈[0,1] ~ x \in [0,1] ;; g(2) = 9 ~ 9 ;; f(-1)=3 ~ 3 ;; P(A) = \frac12 ~ 0.5 ;; f(\frac{1}{2}) = 3 ~ 3
+names     a_{1} = 3 ~ a_1 = 3 ;; 2 \cdot 8 = 16 ~ 16 ;; \frac12 = 0.5 = 50\% ~ 1/2 ;; x = 2 \cdot 8 = 16 ~ x = 16
+names     2(500) = 1,000 ~ 1000 ;; 3 * 4 cm = 12 cm ~ 12 ;; 1 + 1 = 2, 5 ~ 2, 5
+tuples    (1,2) ~ (1, 2.0) ;; (\frac12, -1) ~ (0.5, -1) ;; (1,2,3) ~ ( 1 , 2 , 3 ) ;; （1，2） ~ (1,2) ;; [0,1) ~ [0, 1)
+tuples    (-\infty, 3] ~ (-∞,3] ;; (2, +\infty) ~ (2,\infty) ;; (1,2)\cup(3,4) ~ (3,4) \cup (1,2)
+tuples    (0,1)∪[2,3] ~ [2,3]\cup(0,1) ;; [\frac{1}{2}, 2] ~ [0.5, 2]
+sets      \{1,2\} ~ \{2, 1\} ;; {1, 2} ~ \{2,1\} ;; \{\frac12\} ~ \{0.5\} ;; \{(1,2),(3,4)\} ~ \{(3,4),(1,2)\}
+sets      \{a, b\} ~ \{b,a\} ;; 1, 2 ~ 2,1 ;; 1 or 2 ~ 2 and 1 ;; 1, 2, and 3 ~ 3,2,1 ;; x=1 or x=2 ~ 1, 2
+sets      1,000, 5 ~ 5, 1000 ;; 2 \pm 1 ~ 1, 3 ;; \pm 3 ~ -3, 3 ;; 1 ± √2 ~ 1+\sqrt2, 1-\sqrt2
+text      \begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ~ \begin{pmatrix}1&2\\3&4\end{pmatrix} ;; new york ~ New  York.
+text      yes ~ Yes ;; x^2 + 1 ~ x^2+1 ;; \text{(red, blue)} ~ (red,blue) ;; 10:30 ~ 10:30 ;; \sqrt{-1} ~ \sqrt{ -1 }
+text      1/0 ~ 1/0 ;; 5 apples ~ 5 Apples ;; y^{3} ~ y^3 ;; a_{1} ~ a_1 ;; x^{2}y + 1 ~ x^2y+1 ;; x^{n} ~ x^n
+text      2x^{ 3 } ~ 2x^3 ;; x \leq 5 ~ x \le 5 ;; x \geq 5 ~ x ≥ 5 ;; x \neq 1 ~ x \ne 1 ;; x≤5 ~ x \leq 5
+text      \tfrac{x}{2} ~ \dfrac{x}{2} ;; \frac x2 ~ \dfrac x2 ;; \lbrace 1, 2 \rbrace ~ \{1, 2\}
+text      \frac12x ~ \frac{1}{2}x
+"""
+
+UNEQUAL = r"""
+decimals  18 ~ 19 ;; -5 ~ 5 ;; 100001 ~ 100000 ;; 72057594037927937 ~ 72057594037927936 ;; 12 ~ 1 2 ;; 5 ~ five
+decimals  11 ~ 1 ;; 5- ~ 5 ;; 0.333 ~ 1/3 ;; 3.14 ~ 3.1400001 ;; 0.1 ~ 0.10000000000000000001 ;; 1.2.3 ~ 1.2 ;; 2.5 ~ 25
+decimals  0.5 ~ .05 ;; 12,34 ~ 1234 ;; 1,2345 ~ 12345 ;; 1,234 ~ 1.234 ;; 1,000 ~ 1 ;; 1,00 ~ 100 ;; 1,234,5 ~ 12345
+decimals  10 000 ~ 10000 ;; 12\,34 ~ 1234 ;; 1\,2345 ~ 12345 ;; 1\,234\,5 ~ 12345
+decimals  1\,125/128 ~ 1125/128 ;; 5.123\,456 ~ 5.123456 ;; 12 500 ~ 12, 500
+fractions 1/2 ~ 2 ;; 3/4 ~ 4/3 ;; 1/0 ~ 0 ;; \frac{1}{2} ~ 12 ;; \frac{1}{0} ~ 1 ;; 1/2/2 ~ 1 ;; \frac{1}{2 ~ 1/2
+fractions \frac12 ~ \frac{1}{20} ;; 1 3/4 ~ 13/4 ;; 1 3/4 ~ 3/4 ;; -1 3/4 ~ -1/4 ;; 1\frac34 ~ 3/4 ;; 1 2 3 ~ 12 3
+powers    1e9 ~ 1 ;; 1.5e3 ~ 1.5 ;; 2 \times 10^3 ~ 20^3 ;; 1e-3 ~ 1000 ;; 10^3 ~ 103 ;; 10^{23} ~ 10^{2}3 ;; 2^3 ~ 23
+powers    2^3 ~ 6 ;; (-2)^2 ~ -4 ;; 2^56 ~ 2^56+1 ;; 10^{10^{10}} ~ 1 ;; 9^{9^9} ~ 9^{9^{8}} ;; 0^0 ~ 1
+powers    2^{0.5} ~ 1.41421356
+roots     \sqrt2 ~ 1.414 ;; \sqrt{3} ~ 3 ;; \sqrt{2}+\sqrt{3} ~ \sqrt{5} ;; 2\sqrt{3} ~ 3\sqrt{2} ;; \sqrt{-1} ~ 1
+roots     \sqrt[3]{2} ~ \sqrt{2} ;; \sqrt{4} ~ -2 ;; \sqrt{12} ~ \sqrt1 2 ;; \frac{1}{\sqrt3-\sqrt2} ~ \sqrt3-\sqrt2
+roots     \sqrt[3]{4} ~ 2 ;; \pi ~ 3.14 ;; \pi ~ 22/7 ;; 2\pi ~ \pi^2 ;; 3\pi ~ 3 ;; \frac{\pi}{2} ~ 2\pi ;; pie ~ \pi
+units     50% ~ 5 ;; 0.5% ~ 50% ;; 50% ~ 500 ;; 12% ~ 0.012 ;; 5 cm ~ 5 m ;; 5 kg ~ 5 g ;; 5 cm ~ 5 cm^2 ;; 5m ~ 5
+units     500 cm ~ 5 m ;; 90° ~ 90 km ;; 5 hours ~ 5 minutes ;; 5 m or 6 m ~ 5 ;; $5 ~ €5 ;; $5 ~ 5 cents ;; $5-$10 ~ 5
+units     $5 ~ $50 ;; $ ~ 0
+wrappers  \text{Paris} ~ rome ;; 15 \text{ or } 16 ~ 15 ;; \boxed{7} ~ 8 ;; \boxed{} ~ 0 ;; \boxed{7 ~ 7
+wrappers  \boldsymbol{\frac{2}{7}} ~ 7/2 ;; \mathbf{\sqrt{2}} ~ 2 ;; \boldsymbol{\frac{2}{7} ~ 2/7
+names     x = 5 ~ y = 5 ;; x = 5 ~ x = 6 ;; x = y = 5 ~ 5 ;; x_1 = 3 ~ x_2 = 3 ;; x > 5 ~ 5 ;; x \ne 5 ~ 5
+names     g(2) = 9 ~ f(2) = 9 ;; f(2) = 9 ~ f(3) = 9 ;; g(2) = 9 ~ 2 ;; x(x+1) = 6 ~ 6 ;; f(2) + 1 = 9 ~ 9
+names     \sqrt(4) = 5 ~ 5 ;; \pi = 3 ~ 3 ;; X = 5 ~ x = 5 ;; a_{12} = 3 ~ a_12 = 3 ;; 2 \cdot 8 = 15 ~ 15
+names     2 \cdot 8 = 16 ~ 8 ;; 16 = 2 \cdot 7 = 14 ~ 14 ;; 1/3 = 0.333 ~ 0.333 ;; x = 3 = 4 ~ 4 ;; 2x = 16 ~ 16
+names     x + 1 = 5 ~ 5 ;; 5 cm = 5 m ~ 5 ;; 1, 2 = 2 ~ 2 ;; 5 = x ~ 5
+tuples    (1,2) ~ (2,1) ;; (1,2) ~ (1,2,3) ;; (1,2) ~ 1,2 ;; (1,2) ~ \{1,2\} ;; (1,23) ~ (12,3) ;; (1,2) ~ 12
+tuples    (1,000) ~ 1000 ;; [0,1) ~ (0,1) ;; [0,1) ~ [0,1] ;; (-\infty,3) ~ (\infty,3) ;; (0,1) ~ (0,1)\cup(2,3)
+tuples    [0,1] ~ 0 ;; (-\infty,3) ~ (-3,\infty)
+sets      {1,2} ~ 1 ;; {1,2} ~ {1,3} ;; \{1,2,3\} ~ \{1,2\} ;; \{1\} ~ \{2\} ;; \{\} ~ \{0\} ;; 1 or 2 ~ 1 ;; 1, 2 ~ 2
+sets      1 and 2 ~ 12 ;; not 5 ~ 5 ;; 5-6 ~ 5 ;; 5–6 ~ 5 ;; between 5 and 6 ~ 5 ;; about 5 ~ 5 ;; ~5 ~ 6 ;; 5 to 6 ~ 5
+sets      5? ~ 6 ;; 2\pm 1 ~ 3 ;; 5 (or 6) ~ 5 ;; 5 or more ~ 5 ;; 5, maybe 6 ~ 6 ;; 1/2/3 ~ 1 ;; 3 = 4 ~ 4
+text      \begin{pmatrix} 1 & 2 \end{pmatrix} ~ \begin{pmatrix} 1 2 \end{pmatrix}
+text      \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix} ;; \begin{pmatrix}1\end{pmatrix} ~ 1
+text      paris ~ rome ;; a b ~ ab ;; x+1 ~ x+2 ;; 10:30 ~ 10.30 ;; true ~ false ;; ² ~ 2 ;; \infty ~ -\infty
+text      __import__('os') ~ 1 ;; 5 ~ 5; rm -rf ;; ٣ ~ 3 ;; i ~ 1 ;; x^{12} ~ x^12 ;; x^{1}2 ~ x^{12} ;; x^{1}2 ~ x^12
+text      a_{12} ~ a_12 ;; y^{3} ~ y^{2} ;; e^{xy} ~ e^xy ;; a_1 ~ a1 ;; x^{1.5} ~ x^{1}.5 ;; 10^{2}3 ~ 10^23
+text      x \leq 5 ~ x < 5 ;; x \le 5 ~ x \ge 5 ;; x \neq 1 ~ x = 1 ;; x \leq 5 ~ x \lt 5 ;; \lbrace 1 \rbrace ~ \{2\}
+text      \lbrace 1, 2 \rbrace ~ (1, 2) ;; \frac12x ~ \frac{1}{2x} ;; \frac{12}34 ~ 12/34 ;; \frac{1}23 ~ 1/23
+text      \sqrt12 ~ \sqrt{12}
+"""
 
 
 @pytest.mark.parametrize("a, b", [*pairs(EQUAL)])
@@ -1129,6 +1179,27 @@ def test_unequal_answers(a, b):
     assert not is_equivalent(a, b) and not is_equivalent(b, a)
 
 
+def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
+    for answer in ("12 apples", "12 \\text{ apples}", "12.0 Apples.", "24/2 cups", "**12 men**", "\\frac{24}{2} cups"):
+        assert is_equivalent(answer, "12") and not is_equivalent("12", answer), answer
+        assert not is_equivalent(answer, "$12") and not is_equivalent(answer, "13"), answer
+    others = ("3 dozen; 3 millions; 3 thousandths; 3 quarters; 3 halves; 3 squared; 3 more; 3 times; 3 less; 3 over; "
+              "3 percentage; 3 repeating; 3 five; 3 binary; 3 sin; 3√; 3 of 5 apples; 3 apples and 5; 3 5 apples; "
+              "1 + 2 apples; 3, 5 apples; 3 or 5 apples; not 3 apples; -3 apples; 3 xy; 3 pm; 3 x; 3apples")
+    for answer in others.split("; "):
+        assert not is_equivalent(answer, "3") and not is_equivalent("3", answer), answer
+    assert is_equivalent("12 percent", "0.12") and not is_equivalent("12 apples", "12 oranges")
+
+
+def test_beyond_the_bounds_the_text_is_compared():
+    many = r"(1+\sqrt2)(1+\sqrt3)(1+\sqrt5)(1+\sqrt7)(1+\sqrt{11})"
+    for zero in (r"2^{3999}*2^{3999}*2^{3999}*0", r"(1+\sqrt2)^9*0", f"{many}*0", "(" * 50 + "0" + ")" * 50, "0e1000"):
+        assert is_equivalent(zero, zero) and not is_equivalent(zero, "0"), zero
+    for long, short in [(", ".join("1" * 65), "1, 1"), ("0" * 1000 + "1", "1"), ("[" * 30 + "1" + "]" * 30, "1")]:
+        assert is_equivalent(long, long) and not is_equivalent(long, short), long
+    assert not is_equivalent("[" * 30 + "0.5" + "]" * 30, "[" * 30 + ".50" + "]" * 30)
+
+
 def test_letters_of_multiple_choice():
     for answer in ("B", "(B)", "B.", "b", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}"):
         assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
@@ -1136,8 +1207,18 @@ def test_letters_of_multiple_choice():
         assert not is_equivalent(answer, "B"), answer
 
 
+def test_response_that_ends_on_the_letter_of_an_option():
+    for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**"):
+        assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
+    for response in ("A B", "BB", "the correct option is b", "incorrect option is (B)", "the correct option is (B)?",
+                     "the correct option is (B) or (C)", "The correct option is (B). The answer is (C)",
+                     "\\boxed{C} The correct option is (B)"):
+        assert not verify(response, "B"), response
+    assert verify("x = 12, so the correct option is (B)", "12")
+
+
 def test_references_that_cannot_be_read_never_match():
-    for reference in (None, "", "  ", "\\boxed{}", "\\boxed{5", "<answer>", math.nan, math.inf, [5], {"a": 5}, b"5", 10**5000):
+    for reference in (None, "", " ", "\\boxed{}", "\\boxed{5", "<answer>", math.nan, math.inf, [5], {}, b"5", 10**5000):
         for answer in ("5", "", "\\boxed{}", None):
             assert is_equivalent(answer, reference) is False
         assert verify("\\boxed{5}", reference) is False
@@ -1151,48 +1232,70 @@ def test_adapters():
     assert compute_score("gsm8k", "#### 5", "5", extra_info={}) == 1.0 and compute_score("x", "#### 5", 6) == 0.0
     chat = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "\\boxed{3}"}], []]
     assert reward_func(["\\boxed{3}", "4"], answer=["3", "3"], prompts=["", ""]) == [1.0, 0.0]
-    assert reward_func(chat, solution=["3", "3"]) == [1.0, 0.0] and reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None]
-    assert reward_func(["1"]) == [None]
+    assert reward_func(chat, solution=["3", "3"]) == [1.0, 0.0]
+    assert reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None] and reward_func(["1"]) == [None]
+
+
+def test_verdicts_are_those_of_the_version_before():
+    """results/verdicts.json: in a category, answers in one list are equal, and others only if a pair says so."""
+    changed = []
+    for kept in json.loads((ROOT / "results" / "verdicts.json").read_text()).values():
+        place = {answer: i for i, answers in enumerate(kept["equal"]) for answer in answers}
+        for a, b in itertools.product(place, place):
+            before = (place[a] == place[b] or [a, b] in kept["also"]) and a not in kept["never"]
+            if is_equivalent(a, b) != before:
+                changed.append((a, b))
+    assert set(changed) == {("5 Apples", "5"), ("5 apples", "5")}
 
 
 def notations(value, rng):
     """The rational in notations drawn at random; every one of them names exactly this value."""
     n, d = value.numerator, value.denominator
     k, sign = rng.randint(2, 9), "-" if n < 0 else ""
-    forms = [f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", f"{sign}\\dfrac{{{abs(n)}}}{{{d}}}", f"{n * k}/{d * k}", f"$\\frac{{{n * k}}}{{{d * k}}}$",
-             f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n * k} \\div {d * k}", f"\\sqrt{{{d * d}}}^{{-1}} \\cdot ({n})"]
+    forms = [f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", f"{sign}\\dfrac{{{abs(n)}}}{{{d}}}", f"{n * k}/{d * k}",
+             f"$\\frac{{{n * k}}}{{{d * k}}}$", f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n * k} \\div {d * k}",
+             f"\\sqrt{{{d * d}}}^{{-1}} \\cdot ({n})"]
     if abs(n) > d > 1:
         forms += [f"{sign}{abs(n) // d} {abs(n) % d}/{d}", f"{sign}{abs(n) // d}\\frac{{{abs(n) % d}}}{{{d}}}"]
     if 10**9 % d == 0:  # a finite decimal
         whole, part = divmod(abs(n) * 10**9 // d, 10**9)
         decimal = f"{whole}.{part:09d}".rstrip("0").rstrip(".")
-        forms += [sign + decimal, f"{sign}{whole:,}.{part:09d}", f"{sign}{decimal}e0", f"\\text{{{sign}{decimal}}}", f"{sign}{decimal} \\times 10^{{0}}",
-                  f"({sign}{decimal})", f"{sign}${decimal}"]
+        forms += [sign + decimal, f"{sign}{whole:,}.{part:09d}", f"{sign}{decimal}e0", f"\\text{{{sign}{decimal}}}",
+                  f"{sign}{decimal} \\times 10^{{0}}", f"({sign}{decimal})", f"{sign}${decimal}"]
     return rng.choice(forms)
 
 
 def test_ten_thousand_generated_pairs():
     rng = random.Random(0)
     for _ in range(10_000):
-        value = Fraction(rng.choice([-1, 1]) * rng.randint(0, rng.choice([9, 99, 10**6])), rng.choice([1, 1, 2, 3, 4, 5, 7, 8, 10, 100, 999]))
+        top, bottom = rng.randint(0, rng.choice([9, 99, 10**6])), rng.choice([1, 1, 2, 3, 4, 5, 7, 8, 10, 100, 999])
+        value = Fraction(rng.choice([-1, 1]) * top, bottom)
         other = value + Fraction(rng.choice([-1, 1]), rng.choice([1, 10, 997, 10**6]))
         a, b, c = notations(value, rng), notations(value, rng), notations(other, rng)
         assert is_equivalent(a, b) is True, (a, b)
         assert is_equivalent(a, c) is False and is_equivalent(c, a) is False, (a, c)
 
 
+def pieces_of(text):
+    return [piece.replace("␣", " ").replace("⏎", "\n") for piece in text.split()]
+
+
 def hostile_inputs():
     rng = random.Random(0)
-    pieces = ["\\boxed{", "}", "{", "\\frac", "\\sqrt", "^", "9", "1e9", ",", "(", ")", "[", "\\{", "\\pm", " or ", "####", "<answer>", "$", "\\text{", "²", "\\", "-", "/", ".", "x=", "%", " ", "\n"]
-    for _ in range(1500):
+    pieces = pieces_of(r"\boxed{ } { \frac \sqrt ^ 9 1e9 , ( ) [ ] \{ \pm ␣or␣ #### <answer> $ \text{ ² \ - / . x= %"
+                       r" ␣ ⏎ = _{ \, \boxed␣ ␣apples f(")
+    for _ in range(1000):
         yield "".join(rng.choice(pieces) for _ in range(rng.randint(1, 40)))
         yield bytes(rng.randrange(256) for _ in range(rng.randint(1, 60))).decode("latin-1")
         yield "".join(chr(rng.choice([rng.randrange(0x3000), rng.randrange(0xD800, 0xE000)])) for _ in range(20))
 
 
 def long_inputs(n):
-    for piece in ["9", "{", "}", "(", "\\boxed{", "\\frac", "\\sqrt", "^", "9^", "-", "1,", " ", "#", "#### ", "#### 1\n", "<answer>", "</think>", "a", "answer is ",
-                  "answer: ", "1 ", "\\text{", "\\text{a", "$", "\\", "x=", ".", "1/", "%", "√", "²", "\\pm", " or ", "½", "1e9", "\\{", "\\cup", "1,000", "((", "__", "*", "(1+\\sqrt2)^{16}+", "(1/3)^{999}+", "\\sqrt{99999989}+", "2^{7999}*", "(\\sqrt2+\\sqrt3+\\sqrt5)^9*"]:
+    for piece in pieces_of(r"9 { } ( \boxed{ \frac \sqrt ^ 9^ - 1, ␣ # ####␣ ####␣1⏎ <answer> </think> a answer␣is␣"
+                           r" answer:␣ 1␣ \text{ \text{a $ \ x= . 1/ % √ ² \pm ␣or␣ ½ 1e9 \{ \cup 1,000 (( __ * ␣=␣ 1="
+                           r" _{ ^{ because␣ answer␣is␣as␣ \boxed␣ correct␣option␣is␣( ␣apples 1\,000 f(1)= x^2␣"
+                           r" \mathbf{\frac{1}{2}} (1+\sqrt2)^{16}+ (1/3)^{999}+ \sqrt{99999989}+ 2^{7999}*"
+                           r" (\sqrt2+\sqrt3+\sqrt5)^9*"):
         text = piece * (n // len(piece))
         yield from (text, "\\boxed{" + text + "}", "#### " + text, text[:900])
 
@@ -1209,10 +1312,13 @@ def test_long_inputs_cost_time_in_proportion_to_their_length():
     def seconds(text):
         start = time.process_time()
         assert type(verify(text, "1")) is type(verify("\\boxed{1}", text)) is type(verify(text, text)) is bool
+        assert type(verify(text, "B")) is bool
         return time.process_time() - start
 
-    for short, long in zip(long_inputs(10_000), long_inputs(100_000)):
-        assert any(seconds(long) < 20 * seconds(short) + 0.002 for _ in range(5)), long[:20]  # again if something disturbed it
+    for short, long in zip(long_inputs(4_000), long_inputs(40_000)):
+        assert any(seconds(long) < 20 * seconds(short) + 0.002 for _ in range(5)), long[:20]  # again if disturbed
+    nested = "\\boxed{" + "\\{" * 20 + "1" + "\\}" * 20 + "}"
+    assert any(seconds(nested) < 0.1 for _ in range(5))
 
 
 def test_eight_threads_give_the_same_verdicts():
@@ -1223,7 +1329,8 @@ def test_eight_threads_give_the_same_verdicts():
 
 def test_verify_uses_nothing_but_arithmetic_and_regular_expressions():
     source = Path(inspect.getsourcefile(verify)).read_text()
-    assert set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)) == {"math", "re", "fractions"}
+    imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
+    assert imported == {"math", "re", "collections", "fractions"}
     assert not re.search(r"\b(eval|exec|compile_|signal|thread|subprocess|global)\b", source.split('"""')[2])
 
 
