@@ -14,23 +14,23 @@ One training step, numbered as in train_step:
   6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
 
 Where each part comes from: [P] the paper's abstract or its authors' README, [S] a public summary, [O] our own
-reading or choice. We did not have the full text: what is marked [O] may differ from it, and no result is its.
+reading or choice, such as which response of a pair is preferred, or the values of alpha and beta. We did not
+have the full text: what is marked [O] may differ from it, and no number here comes from the paper.
 
 Glossary. P prompts, G responses each, B = P * G rows in prompt-major order, T response positions, V words:
   o_i         rollout.ids      (B, S)  prompt, response, padding
   L_i         rollout.lengths  (B,)    tokens of the response, its end-of-sequence token included
-  l_i         confidence       (P, G)  from the log-probs that the sampler recorded
+  l_i         confidence       (P, G)  from the log-probs that the sampler recorded, without another pass
   s_i         preference       (P, G)  in (-1, 1)
   R_i, A_i    rewards, advantages (P, G)
   log pi_old  old_log_probs    (B, T)  from the update's first forward pass, before any optimizer step
   log pi      log_probs        (B, T)  from the update's current forward pass
   alpha, beta                          weight of s, sharpness of the comparison
-
-Left out on purpose: a critic, and a scoring pass of its own; sampling yields l, and the update log pi_old.
 """
 
 import contextlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -45,6 +45,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
         l_i = (1 / L_i) * sum over t of log pi_old(o_i,t | q, o_i,<t)
 
     log_probs (B, T); mask (B, T), any dtype, nonzero on response tokens -> (B,) float32, in nats per token.
-    It is the mean and not the sum, so that short and long responses can be compared.
+    The mean and not the sum, so that short and long responses can be compared.
     """
     mask = mask.bool()
     return torch.where(mask, log_probs.float(), 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -103,8 +104,8 @@ def group_advantage(rewards: Tensor) -> Tensor:
     if rewards.shape[-1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
     r = rewards.detach().float()
-    spread = r.amax(dim=-1, keepdim=True) - r.amin(dim=-1, keepdim=True)
-    uniform = spread <= 1e-6 * r.abs().amax(dim=-1, keepdim=True)
+    low, high = r.aminmax(dim=-1, keepdim=True)
+    uniform = high - low <= 1e-6 * torch.maximum(high, -low)
     return torch.where(uniform, 0, (r - r.mean(dim=-1, keepdim=True)) / r.std(dim=-1, keepdim=True))
 
 
@@ -127,19 +128,18 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
                 clip_low: float = 0.2, clip_high: float = 0.28, aggregation: str = "token",
-                normalizer: float | None = None, ref_log_probs: Tensor | None = None,
-                kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+                normalizer: Tensor | int | None = None, ref_log_probs: Tensor | None = None,
+                kl_coef: float = 0.0) -> tuple[Tensor, dict]:
     """The clipped loss of PPO and GRPO, with DAPO's separate upper clip and an optional KL penalty.
 
         ratio = exp(log pi - log pi_old)
         loss = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * (exp(d) - d - 1)
-        d = log pi_ref - log pi; the last term is Schulman's k3, never negative, unbiased for KL(pi || pi_ref)
+        d = log pi_ref - log pi; the last term is Schulman's k3, whose mean under pi is KL(pi || pi_ref)
 
     log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> scalar.
     Aggregation "token" weights every token by 1 / normalizer; "sequence" every response, spread evenly over
     its tokens. The normalizer counts the tokens, or the responses, of the whole optimizer batch; by default
-    those given. Also returns sums over tokens, for micro-batches to add up. Raises ValueError for any other
-    aggregation.
+    those given. Also returns sums over tokens, for micro-batches to add up. Raises ValueError for any other.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -153,7 +153,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0)
     ratio = log_ratio.exp()
     losses = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    clipped = (A > 0) & (ratio > 1 + clip_high) | (A < 0) & (ratio < 1 - clip_low)
+    clipped = ((A > 0) & (ratio > 1 + clip_high)) | ((A < 0) & (ratio < 1 - clip_low))
     stats = {"tokens": mask.sum(), "clipped": clipped.sum(), "kl_old": (ratio - log_ratio - 1).detach().sum()}
     if ref_log_probs is not None:
         ref_log_ratio = torch.where(mask, ref_log_probs - log_probs, 0)
@@ -167,14 +167,14 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 @dataclass
 class Rollout:
-    """B responses with their prompts; row b answers prompt b // G. Masks come from positions, not tokens."""
+    """B responses with their prompts; row b answers prompt b // G. Masks come from lengths, not token ids."""
 
     ids: Tensor             # (B, S) prompt, response, padding: positions are 0, 1, 2, ... in every row
     prompt_lengths: Tensor  # (B,)
     lengths: Tensor         # (B,) tokens of the response, its end-of-sequence token included
     truncated: Tensor       # (B,) bool, True if max_new_tokens came before an end of sequence
     log_probs: Tensor       # (B, T) float32, nats: log-prob of each token as it was sampled, 0 in the padding
-    entropies: Tensor       # (B, T) float32, nats: entropy of the distribution it is from, 0 in the padding
+    entropies: Tensor       # (B, T) float32, nats: entropy of the distribution drawn from, 0 in the padding
 
     @property
     def mask(self) -> Tensor:
@@ -198,14 +198,10 @@ def padded(rows: list[list[int]], device: torch.device, side: str = "right") -> 
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side).to(device)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
 @torch.no_grad()
 def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, eos_ids: list[int],
            temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
-    """Draws group_size responses to each prompt from softmax(logits / temperature), and from nothing else.
+    """Draws group_size responses to each prompt from softmax(logits / temperature), and nothing else.
 
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
@@ -215,8 +211,8 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     model.eval()
-    device, B = model.device, len(prompts) * group_size
-    repeated = [prompt for prompt in prompts for _ in range(group_size)]
+    device, repeated = model.device, [prompt for prompt in prompts for _ in range(group_size)]
+    B = len(repeated)
     cache = DynamicCache(config=model.config)
     # Only these caches can be repeated and selected by row. With others, prefill every row and keep them all.
     by_row = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
@@ -225,54 +221,52 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     ids = padded(prefilled, device, "left")
     attention_mask = padded([[1] * len(prompt) for prompt in prefilled], device, "left")
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    # All random numbers at once: what a row samples depends neither on its neighbors nor on the device.
+    # All random numbers at once: those of a row depend neither on its neighbors nor on the device.
     uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, generator=generator).to(device)
-    ends, every_row = torch.tensor(eos_ids, device=device), torch.arange(B, device=device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     log_probs, entropies = torch.zeros(2, B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
+    eos, rows = torch.tensor(eos_ids, device=device), torch.arange(B, device=device)  # the rows in the batch
 
-    with autocast(device):
-        logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        position_ids = position_ids[:, -1:]
-        if by_row:
-            cache.batch_repeat_interleave(group_size)
-            logits, attention_mask, position_ids = (
-                x.repeat_interleave(group_size, dim=0) for x in (logits, attention_mask, position_ids))
-        alive = every_row  # the rows that have not ended; logits (len(alive), V) are theirs
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for t in range(max_new_tokens):
+            logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
+                           past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
+                cache.batch_repeat_interleave(group_size)
+                logits, attention_mask, position_ids = (
+                    x.repeat_interleave(group_size, dim=0) for x in (logits, attention_mask, position_ids))
             log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
             p = log_p.exp()
             if temperature:
                 # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
                 cdf = p.cumsum(dim=-1, dtype=torch.float64)
-                token = torch.searchsorted(cdf, uniforms[alive, t, None] * cdf[:, -1:], right=True)
+                token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
             else:
                 token = log_p.argmax(dim=-1, keepdim=True)
-            log_probs[alive, t] = log_p.gather(1, token).squeeze(1)
-            entropies[alive, t] = torch.special.entr(p).sum(dim=-1)
-            tokens[alive, t] = token.squeeze(1)
+            log_probs[rows, t] = log_p.gather(1, token).squeeze(1)
+            entropies[rows, t] = torch.special.entr(p).sum(dim=-1)  # entr(p) = -p log p, and 0 at p = 0
+            tokens[rows, t] = token.squeeze(1)
 
-            going = ~torch.isin(token.squeeze(1), ends)
-            lengths[alive[~going]] = t + 1
-            if not going.any() or t + 1 == max_new_tokens:
+            ended = rows[torch.isin(token.squeeze(1), eos)]
+            lengths[ended] = lengths[ended].clamp(max=t + 1)
+            unfinished = lengths[rows] > t + 1
+            if not unfinished.any():
                 break
-            if by_row and not going.all():  # the ended rows leave
-                cache.batch_select_indices(going.nonzero().squeeze(1))
-                attention_mask, position_ids = attention_mask[going], position_ids[going]
-            alive = alive[going]
-            attention_mask, position_ids = pad(attention_mask, (0, 1), value=1), position_ids + 1
-            fed = alive if by_row else every_row
-            logits = model(input_ids=tokens[fed, t, None], attention_mask=attention_mask,
-                           position_ids=position_ids, past_key_values=cache, use_cache=True).logits[:, -1]
-            logits = logits if by_row else logits[alive]
+            if by_row and not unfinished.all():
+                cache.batch_select_indices(unfinished.nonzero().squeeze(1))
+                rows, attention_mask = rows[unfinished], attention_mask[unfinished]
+                position_ids = position_ids[unfinished]
+            ids, attention_mask = tokens[rows, t, None], pad(attention_mask, (0, 1), value=1)
+            position_ids = position_ids[:, -1:] + 1
 
-    T, drawn = int(lengths.max()), zip(repeated, tokens.tolist(), lengths.tolist())
-    ids = padded([prompt + row[:length] for prompt, row, length in drawn], device)
+    T, responses = int(lengths.max()), zip(repeated, tokens.tolist(), lengths.tolist())
+    ids = padded([prompt + row[:length] for prompt, row, length in responses], device)
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
-    truncated = ~torch.isin(tokens[every_row, lengths - 1], ends)
-    return Rollout(ids, prompt_lengths, lengths, truncated, log_probs[:, :T], entropies[:, :T])
+    truncated = ~torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), eos)
+    after_end = torch.arange(T, device=device) >= lengths[:, None]
+    log_probs, entropies = (x[:, :T].masked_fill(after_end, 0) for x in (log_probs, entropies))
+    return Rollout(ids, prompt_lengths, lengths, truncated, log_probs, entropies)
 
 
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
@@ -281,38 +275,30 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
     Only response positions get logits, max_logits numbers at a time and recomputed in the backward pass, so
     that memory does not grow with B * T * V. Padding on the right needs no mask: causal attention looks left.
     """
-    row, t = rollout.mask.nonzero(as_tuple=True)  # the N response tokens of all rows, in one line
+    row, t = rollout.mask.nonzero(as_tuple=True)  # the N response tokens of all rows, flattened
     position = rollout.prompt_lengths[row] + t
     targets = rollout.ids[row, position]
-    body = model.get_decoder()  # the model without its head; the whole model where transformers names no body
+    decoder = model.get_decoder()  # without the head; the model itself (all logits) where it names no decoder
 
-    def score(features: Tensor, targets: Tensor) -> Tensor:
-        logits = features if body is model else output_logits(model, body, outputs, features)
-        return (logits.float() / temperature).log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+    with torch.autocast(rollout.ids.device.type, torch.bfloat16, enabled=rollout.ids.is_cuda):
+        outputs = decoder(input_ids=rollout.ids, use_cache=False)
+        features = outputs.logits if decoder is model else outputs.last_hidden_state
 
-    with autocast(rollout.ids.device):
-        outputs = body(input_ids=rollout.ids, use_cache=False)
-        features = outputs.logits if body is model else outputs.last_hidden_state
+        def score(features: Tensor, targets: Tensor) -> Tensor:
+            logits = features
+            if decoder is not model:  # the model's own forward on them: some scale or cap what the head gives
+                given = replace(outputs, last_hidden_state=features[None])
+                with patch.object(decoder, "forward", lambda *args, **kwargs: given):
+                    logits = model(input_ids=targets[None]).logits[0]
+            return (logits.float() / temperature).log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+
         size = max(1, max_logits // model.config.vocab_size)
         chunks = list(zip(features[row, position - 1].split(size), targets.split(size)))
-        if torch.is_grad_enabled() and len(chunks) > 1:
+        if len(chunks) > 1:
             scores = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
         else:
             scores = [score(*chunk) for chunk in chunks]
-    padding = torch.zeros(rollout.mask.shape, device=rollout.ids.device)
-    return padding.index_put((row, t), torch.cat(scores))
-
-
-def output_logits(model, body, outputs, hidden: Tensor) -> Tensor:
-    """Logits (N, V) of hidden states (N, hidden size), by the model's own forward on a body that gives them.
-
-    Some models scale or cap what their head gives, each in its own way. `outputs` is what the body gave.
-    """
-    body.forward = lambda *args, **kwargs: replace(outputs, last_hidden_state=hidden[None])
-    try:
-        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0]
-    finally:
-        del body.forward
+    return torch.zeros_like(rollout.log_probs).index_put((row, t), torch.cat(scores))
 
 
 # ------------------------------------------------------------------------------------------ One training step
@@ -321,18 +307,19 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
     Micro-batches bound memory and change nothing else: the normalizer is that of the whole batch. Rows whose
-    advantage is exactly 0 count in it, but are computed only if the KL needs them. A non-finite loss or
-    gradient makes no step. Raises UserError, before the first step, if the model scores not what it sampled.
+    advantage is exactly 0 count in it, but are computed, and in the metrics, only if the KL needs them. A
+    non-finite loss or gradient makes no step. Raises UserError before the first step if scored and sampled
+    log-probs disagree.
     """
     normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
-    rows = rows[(rollout.prompt_lengths + rollout.lengths)[rows].argsort(stable=True)]  # alike: less padding
+    rows = rows[(rollout.prompt_lengths + rollout.lengths)[rows].argsort(stable=True)]  # less padding
     batches = [(chunk, rollout.select(chunk)) for chunk in rows.split(config.micro_batch) if len(chunk)]
     old_log_probs, ref_log_probs = [], [None] * len(batches)
     if ref_model is not None:
         with torch.no_grad():
             ref_log_probs = [token_log_probs(ref_model, batch, config.temperature) for _, batch in batches]
-    for layer in policy.modules():  # transformers checkpoints layers in training mode only; dropout stays off
+    for layer in policy.modules():  # only layers in training mode are checkpointed; dropout within stays off
         layer.training = getattr(layer, "gradient_checkpointing", False)
     skipped = 0
     for epoch in range(config.inner_epochs):
@@ -350,11 +337,12 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
             sums.update({name: value.item() for name, value in stats.items()})
         tokens = max(1, sums["tokens"])
         difference = sums["difference"] / tokens
-        if not optimizer.state and not difference <= (0.25 if rollout.ids.is_cuda else 0.01):  # bf16, float32
+        # Before the very first step. The tolerances are for bf16 and float32; "not <=" refuses NaN as well.
+        if not optimizer.state and not difference <= (0.25 if rollout.ids.is_cuda else 0.01):
             raise UserError(f"this model's log-probs with a cache (sampled) and without (scored) differ by "
                             f"{difference:.2g} nats a token, so it cannot be trained: choose another --model")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if math.isfinite(sums["loss"]) and math.isfinite(norm):
+        if math.isfinite(sums["loss"] + norm):
             optimizer.step()
         else:
             skipped += 1
@@ -364,7 +352,7 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
 
 
 def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list["Example"], reward,
-               config: "Config", ref_model=None) -> tuple[dict, list[dict]]:
+               config: "Config", ref_model=None) -> tuple[dict, list]:
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples."""
     P, G = len(examples), config.group_size
     start = time.perf_counter()
@@ -373,12 +361,12 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
     rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
     responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
     sampled = time.perf_counter()
-    # 2. Verify; --reward-noise then turns some of the rewards around.
+    # 2. Verify; --reward-noise then flips some of the rewards.
     verified, errors = score_responses(reward, responses, examples)
     rewards = torch.where(torch.rand(P, G) < config.reward_noise, 1 - verified, verified)
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
-    # 4. and 5. Preference advantage, joined with the reward.
+    # 4. and 5. Preference advantage, joined with the reward. icpo_advantage does both.
     advantages = icpo_advantage(rewards, confidence, config.alpha, config.beta, config.keep_uniform_groups)
     scored = time.perf_counter()
     # 6. Update.
@@ -429,7 +417,7 @@ class Config:
     max_new_tokens: int | None = None  # longest response in tokens (built-in task 32, else 512)
     max_prompt_tokens: int = 512  # longer prompts are skipped
     temperature: float = 1.0  # of sampling and scoring alike
-    inner_epochs: int = 1  # optimizer steps on each rollout
+    inner_epochs: int = 1  # optimizer steps on each rollout (PPO's epochs, GRPO's mu)
     micro_batch: int | None = None  # rows in a forward pass (built-in task 128, else 8)
     lr: float | None = None  # AdamW's learning rate (built-in task 1e-4, else 1e-6)
     warmup_steps: int = 5  # steps in which the learning rate rises linearly
@@ -438,7 +426,7 @@ class Config:
     # The method
     alpha: float = 0.1  # weight of the preference advantage; 0 is GRPO
     beta: float = 10.0  # sharpness of the comparison, per nat of mean token log-prob
-    keep_uniform_groups: bool = False  # preference alone pushes groups of equal rewards
+    keep_uniform_groups: bool = False  # groups of equal rewards get alpha * s, not 0
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28  # the ratio is clipped above 1 + clip_high
     aggregation: Literal["token", "sequence"] = "token"  # what has equal weight: tokens or responses
@@ -459,7 +447,7 @@ class Config:
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, exit status 2."""
+    """An error that the user can fix: shown as one line, exit status 2."""
 
 
 def check(config: Config) -> None:
@@ -486,11 +474,12 @@ def check(config: Config) -> None:
         if not (out / "checkpoint/state.pt").exists():
             raise UserError(f"--resume: no checkpoint in {out}")
         saved = json.loads((out / "config.json").read_text())
+        free = ("resume", "steps", "device", "save_every", "micro_batch", "gradient_checkpointing")
         for name, value in asdict(config).items():
-            if value != saved.get(name) and name not in ("resume", "steps", "device", "save_every"):
-                name = name.replace("_", "-")
-                raise UserError(f"--resume: this run has another --{name}: {saved.get(name)}, not {value}")
-    elif out.is_file() or out.exists() and any(out.iterdir()) and config.output_dir != TASK["output_dir"]:
+            if value != saved.get(name) and name not in free:
+                name, was = name.replace("_", "-"), saved.get(name)
+                raise UserError(f"--resume: this run has another --{name}: {was}, not {value}")
+    elif (config.model or str(out) != TASK["output_dir"]) and (out.is_file() or any(out.glob("*"))):
         raise UserError(f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
 
 
@@ -508,28 +497,26 @@ def warn_once(topic, message: str) -> None:
 
 def load_reward(spec: str):
     """The reward function f(response, reference) -> float named module:function. Raises UserError."""
-    sys.path.append(os.getcwd())
+    sys.path.append("")
     try:
         reward = pkgutil.resolve_name(spec)
+        assert callable(reward), "not a function"
     except Exception as error:  # the user's module runs when it is imported, and may raise anything
-        raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here") from error
-    if not callable(reward):
-        raise UserError(f"--reward {spec}: not a function")
+        raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here")
     return reward
 
 
 def score_responses(reward, responses: list[str], examples: list["Example"]) -> tuple[Tensor, int]:
     """Rewards (P, G) float32 of G responses to each example, and how many calls failed, which count as 0."""
-    references = [example.reference for example in examples for _ in range(len(responses) // len(examples))]
-    rewards = []
-    for response, reference in zip(responses, references, strict=True):
+    rewards, G = [], len(responses) // len(examples)
+    for i, response in enumerate(responses):
         try:
-            rewards.append(float(reward(response, reference)))
+            rewards.append(float(reward(response, examples[i // G].reference)))
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
             rewards.append(math.nan)
             warn_once(reward, "a call of the reward function failed; such calls score 0 and are counted in "
                               f"reward/errors. The first:\n{traceback.format_exc()}")
-    rewards = torch.tensor(rewards).view(len(examples), -1)
+    rewards = torch.tensor(rewards).view(-1, G)
     failed = ~rewards.isfinite()
     return rewards.masked_fill(failed, 0), int(failed.sum())
 
@@ -542,7 +529,7 @@ def load_model(path: str, device: str):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
         token_log_probs(model, sample(model, [[0], [0, 0]], 2, 2, []))  # what cannot be trained raises here
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
-        raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}") from error
+        raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
     ends = model.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     if not ends:
@@ -558,17 +545,16 @@ class Example(NamedTuple):
 
 def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Example]:
     """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError."""
-    examples, skipped, keys = [], 0, (config.prompt_key, config.answer_key)
+    examples, keys = [], (config.prompt_key, config.answer_key)
     longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
-    lines = Path(path).read_bytes().splitlines()
-    for number, line in enumerate(tqdm(lines, desc=f"reading {Path(path).name}", leave=False), start=1):
-        if not line.strip():
-            continue
+    lines = [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
+    for number, line in tqdm(lines, desc=f"reading {Path(path).name}", leave=False):
         try:
             row = json.loads(line)
         except ValueError as error:  # not JSON, or not UTF-8
-            raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-        prompt, answer = map(row.get, keys) if isinstance(row, dict) else (None, None)
+            raise UserError(f"{path}, line {number}: not JSON: {error}")
+        row = row if isinstance(row, dict) else {}
+        prompt, answer = map(row.get, keys)
         if not isinstance(prompt, str) or answer is None:
             raise UserError(f"{path}, line {number}: needs a string {keys[0]!r} and an {keys[1]!r}, has "
                             f"{list(row)}; set --prompt-key and --answer-key")
@@ -580,9 +566,7 @@ def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Ex
             ids = tokenizer(config.system_prompt + prompt + config.prompt_suffix).input_ids
         if 0 < len(ids) <= longest:
             examples.append(Example(prompt, extract_answer(str(answer), strict=True) or str(answer), ids))
-        else:
-            skipped += 1
-    if skipped:
+    if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
     if not examples:
         raise UserError(f"{path}: no usable row; --max-prompt-tokens, and the model's context of {context} "
@@ -593,10 +577,10 @@ def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Ex
 # ------------------------------------------------------------------------------------- Metrics and evaluation
 
 def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confidence: Tensor,
-                    advantages: Tensor, beta: float) -> dict[str, float | None]:
-    """What a step's metrics say of its rollout, from tensors (P, G); the mean of nothing is None."""
+                    advantages: Tensor, beta: float) -> dict:
+    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None."""
 
-    def mean(x: Tensor) -> float | None:
+    def mean(x):
         return x.float().mean().item() if x.numel() else None
 
     correct, grpo = verified > 0.5, group_advantage(rewards)
@@ -605,10 +589,8 @@ def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confide
     agreement = grpo * preference
     return {
         "reward/mean": mean(rewards), "reward/verified": mean(verified),
-        "reward/std": mean(rewards.std(dim=1)),
-        "groups/uniform_frac": mean((grpo == 0).all(dim=1)),
-        "advantage/abs_mean": mean(advantages.abs()),
-        "preference/abs_mean": mean(preference.abs()),
+        "reward/std": mean(rewards.std(dim=1)), "groups/uniform_frac": mean((grpo == 0).all(dim=1)),
+        "advantage/abs_mean": mean(advantages.abs()), "preference/abs_mean": mean(preference.abs()),
         "preference/agreement": (agreement.sum() / agreement.abs().sum().clamp(min=1e-9)).item(),
         "confidence/correct": mean(confidence[correct]), "confidence/wrong": mean(confidence[~correct]),
         "confidence/overconfident_frac": mean(correct.any(dim=1) & ~surest_is_correct),
@@ -622,12 +604,14 @@ def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], rew
 
     Samples have a random stream of their own. Returns metrics, and the greedy responses with their rewards.
     """
+    if not examples:
+        return {}, []
     generator = torch.Generator().manual_seed(config.seed)
 
-    def respond(k: int, temperature: float) -> tuple[list[str], Tensor]:  # responses, rewards (examples, k)
-        responses, rows = [], max(1, config.prompts_per_step * config.group_size // k)
-        for start in tqdm(range(0, len(examples), rows), desc="evaluating", leave=False):
-            prompts = [example.ids for example in examples[start:start + rows]]
+    def respond(k: int, temperature: float):  # the responses, rewards (examples, k)
+        responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
+        for start in tqdm(range(0, len(examples), size), desc="evaluating", leave=False):
+            prompts = [example.ids for example in examples[start:start + size]]
             rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
             responses += tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
         return responses, score_responses(reward, responses, examples)[0]
@@ -644,21 +628,20 @@ def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], rew
 # --------------------------------------------------------------------------------------------------- Training
 
 def batch_indices(examples: int, step: int, count: int, seed: int) -> list[int]:
-    """The examples of step 1, 2, ...: every one of them once an epoch, each epoch in an order of its own."""
-    places = [divmod(place, examples) for place in range((step - 1) * count, step * count)]
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(examples) for epoch, _ in places}
-    return [int(orders[epoch][i]) for epoch, i in places]
+    """The numbers of the examples of a step: each once an epoch, each epoch in an order of its own."""
+    return [int(np.random.default_rng([seed, place // examples]).permutation(examples)[place % examples])
+            for place in range((step - 1) * count, step * count)]
 
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Makes one UserError of all that a full disk or a folder without permission raises."""
+    """Turns what a full disk or a folder without permission raises into a UserError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
         reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(f"{path} cannot be written: {reason}; make room or change --output-dir") from error
+        raise UserError(f"{path} cannot be written: {reason}; make room or change --output-dir")
 
 
 def append(path: Path, rows: list[dict]) -> None:
@@ -680,27 +663,24 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def until_interrupted(steps):
-    """Yields steps. Ctrl-C or SIGTERM lets the step in hand finish and ends them; a second does not wait."""
+    """Yields steps. Ctrl-C or SIGTERM finishes the current step, then stops; a second one stops at once."""
     signals = []
 
     def handler(number, frame):
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
-        tqdm.write("\nicpo.py: finishing the step in hand; once more stops at once", file=sys.stderr)
+        tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for step in steps:
-            yield step
-            if signals:
-                break
+        yield from itertools.takewhile(lambda step: not signals, steps)
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
 
 
-def train(config: Config) -> dict[str, float]:
+def train(config: Config) -> dict:
     """Trains, evaluates and saves as config says; returns the last evaluation's metrics. Raises UserError."""
     check(config)
     WARNED.clear()
@@ -720,15 +700,12 @@ def train(config: Config) -> dict[str, float]:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
 
-    def measure() -> tuple[dict, list]:
-        return evaluate(policy, tokenizer, eos_ids, held_out, reward, config) if held_out else ({}, [])
-
     def save() -> None:
         state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "before": before, "after": after, "log_sizes": [log.stat().st_size for log in logs]}
+        replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
         replace_file(out / "checkpoint/state.pt", lambda path: torch.save(state, path))
 
-    replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
     if config.resume:
         state = torch.load(out / "checkpoint/state.pt", map_location=config.device, weights_only=True)
         policy.load_state_dict(state["policy"])
@@ -737,10 +714,10 @@ def train(config: Config) -> dict[str, float]:
         for log, size in zip(logs, state["log_sizes"]):
             os.truncate(log, size)  # the steps after the checkpoint will be taken, and logged, again
     else:
-        step, before = 0, measure()
+        step, before = 0, evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
         after = before
         append(metrics_log, [{"step": 0} | before[0]])
-        append(samples_log, [])
+        append(samples_log, [])  # makes the file, whose size the checkpoint notes
         save()
 
     bar = tqdm(range(step + 1, config.steps + 1), desc="training", initial=step, total=config.steps)
@@ -752,7 +729,7 @@ def train(config: Config) -> dict[str, float]:
         metrics, samples = train_step(
             policy, tokenizer, eos_ids, optimizer, [examples[i] for i in indices], reward, config, ref_model)
         if step % config.eval_every == 0 or step == config.steps:
-            after = measure()
+            after = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
             metrics |= after[0]
         append(metrics_log, [{"step": step, "lr": lr} | metrics])
         append(samples_log, [{"step": step} | row for row in samples[:config.group_size]])
@@ -771,8 +748,7 @@ def train(config: Config) -> dict[str, float]:
     for name, value in after[0].items():
         print(f"{name}: {before[0][name]:.3f} before, {value:.3f} after ({len(held_out)} held-out prompts)")
     if held_out:
-        gains = [now - was for (_, was), (_, now) in zip(before[1], after[1])]
-        i = gains.index(max(gains))
+        i = max(range(len(held_out)), key=lambda i: after[1][i][1] - before[1][i][1])  # the largest gain
         print(f"{held_out[i].prompt}   (answer: {held_out[i].reference})\n  before: {before[1][i][0]}\n"
               f"  after:  {after[1][i][0]}")
     print(f"model: {out / 'model'}\nlog: {metrics_log}, {samples_log}")
@@ -795,16 +771,15 @@ def write_task(out: Path, config: Config) -> None:
     The teacher forgets the carry in task_teacher_error of the demonstrations. So the student can add, is sure
     of a wrong answer and seldom gives the correct one: a confident error and an undervalued response [O].
     """
-    if out.exists():
-        asides = (Path(f"{out}-{n}") for n in range(1, sys.maxsize))
-        print(f"the earlier run in {out} is now {out.rename(next(x for x in asides if not x.exists()))}")
+    if out.exists() and any(out.iterdir()):
+        names = (Path(f"{out}-{n}") for n in itertools.count(1))
+        print(f"the earlier run in {out} is now {out.rename(next(x for x in names if not x.exists()))}")
     set_seed(config.seed)
-    sums = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    sums = list(itertools.product(range(10, 100), repeat=2))
     random.shuffle(sums)
     held_out, sums = sums[:1024], sums[1024:]
     for name, part in (("eval", held_out), ("train", sums)):
-        rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part]
-        append(out / "task" / f"{name}.jsonl", rows)
+        append(out / f"task/{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part])
     # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
     vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
@@ -824,7 +799,7 @@ def write_task(out: Path, config: Config) -> None:
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
-    save_model(model, tokenizer, out / "task" / "model")
+    save_model(model, tokenizer, out / "task/model")
 
 
 # ----------------------------------------------------------------------------------------------- Command line
@@ -841,12 +816,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
         return 130
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}"
+    except (UserError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)):
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
             raise
         message = ("out of memory: lower --micro-batch, --prompts-per-step or --max-new-tokens, or add "
                    "--gradient-checkpointing")
