@@ -376,10 +376,10 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
     metrics |= rollout_metrics(rollout, verified, rewards, confidence, advantages, config.beta)
     metrics |= {"reward/errors": errors, "time/sample": sampled - start, "time/score": scored - sampled,
                 "time/update": done - scored, "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
-    columns = {"verified": verified, "reward": rewards, "confidence": confidence, "advantage": advantages}
-    samples = [{"prompt": example.prompt, "reference": example.reference, "response": responses[p * G + g]}
-               | {name: column[p, g].item() for name, column in columns.items()}
-               for p, example in enumerate(examples) for g in range(G)]
+    names = "verified", "reward", "confidence", "advantage"
+    numbers = zip(*(x.flatten().tolist() for x in (verified, rewards, confidence, advantages)))
+    samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
+                "response": responses[b], **dict(zip(names, row))} for b, row in enumerate(numbers)]
     return metrics, samples
 
 
@@ -467,8 +467,6 @@ def check(config: Config) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {wanted}")
     if bool(config.model) != bool(config.train_data) or config.eval_data and not config.model:
         raise UserError("--model and --train-data need each other, and --eval-data needs both")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU; leave it out to run on the CPU")
     out = Path(config.output_dir)
     if config.resume:
         if not (out / "checkpoint/state.pt").exists():
@@ -544,7 +542,10 @@ class Example(NamedTuple):
 
 
 def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Example]:
-    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError."""
+    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError.
+
+    Prompts too long for the flags, or for the model's context in tokens, are skipped.
+    """
     examples, keys = [], (config.prompt_key, config.answer_key)
     longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
     lines = [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
@@ -685,11 +686,11 @@ def train(config: Config) -> dict:
     check(config)
     WARNED.clear()
     out, reward = Path(config.output_dir), load_reward(config.reward)
-    source, train_data, eval_data = config.model, config.train_data, config.eval_data
-    if not config.model:  # from here on the built-in task is a model directory and two files like any other
-        if not config.resume:
-            write_task(out, config)
-        source, train_data, eval_data = (f"{out}/task/{x}" for x in ("model", "train.jsonl", "eval.jsonl"))
+    if not (config.model or config.resume):
+        write_task(out, config)
+    own = config.model, config.train_data, config.eval_data
+    task = (f"{out}/task/{name}" for name in ("model", "train.jsonl", "eval.jsonl"))
+    source, train_data, eval_data = own if config.model else task
     policy, tokenizer, eos_ids = load_model(source, config.device)
     ref_model = load_model(source, config.device)[0] if config.kl_coef else None
     if config.gradient_checkpointing:
@@ -786,14 +787,14 @@ def write_task(out: Path, config: Config) -> None:
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=257, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=256,
-        pad_token_id=256, bos_token_id=None)).to(config.device)
+        pad_token_id=256, bos_token_id=None))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in tqdm(range(config.task_warmup_steps), desc="imitating the teacher"):
         rise, fall = (step + 1) / 50, 2 * (1 - step / config.task_warmup_steps)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, rise, fall)
         texts = [f"{a}+{b}=" + worked_addition(a, b, carry=random.random() >= config.task_teacher_error)
                  + tokenizer.eos_token for a, b in random.sample(sums, 32)]
-        batch = tokenizer(texts, padding=True, return_tensors="pt").to(config.device)
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
         labels[:, :len("47+85=")] = -100  # the teacher shows answers, not prompts
         optimizer.zero_grad()
