@@ -40,7 +40,7 @@ TASKS = {
     "differences": [(f"What is {a} - {b}?", a - b) for a in range(2, 21) for b in range(1, a)],
     "capitals": [(f"What is the capital of {country}?", city) for country, city in CAPITALS.items()],
 }
-SETTINGS = real_model.STEP | dict(steps=8, lr=1e-30, alpha=0.0, micro_batch=8)
+SETTINGS = real_model.STEP | dict(steps=8, lr=1e-30, alpha=0.0)
 COLUMNS = {
     "agreement": "preference/agreement", "accuracy": "reward/verified",
     "overconfident": "confidence/overconfident_frac", "groups all alike": "groups/uniform_frac",
