@@ -31,6 +31,12 @@ def read(path: Path) -> list[dict]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def is_known(row: dict, name: str) -> bool:
+    """There is no confidence without responses, and no agreement where the rewards of every group are equal."""
+    alike = name == "preference/agreement" and row.get("groups/uniform_frac") == 1
+    return row.get(name) is not None and not alike
+
+
 def draw(runs: dict[str, list[dict]], path: str) -> None:
     import matplotlib
     matplotlib.use("Agg")
@@ -41,7 +47,7 @@ def draw(runs: dict[str, list[dict]], path: str) -> None:
         for i, (label, rows) in enumerate(runs.items()):
             color = COLORS[i % len(COLORS)]
             for name, style in metrics.items():
-                known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                known = [(row["step"], row[name]) for row in rows if is_known(row, name)]
                 steps, values = np.array(known).reshape(-1, 2).T
                 if style == "o":
                     ax.plot(steps, values, style, color=color, markersize=5)

@@ -210,7 +210,7 @@ def metrics(folder, steps):
         rows.append({
             "step": step, "reward/verified": step / steps, "entropy": 1.0, "confidence/correct": -0.1,
             "confidence/wrong": -1.0 if step < steps else None, "preference/agreement": -0.5,
-            "length/mean": 9.0, "length/truncated_frac": 0.1})
+            "length/mean": 9.0, "length/truncated_frac": 0.1, "groups/uniform_frac": 1.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 

@@ -28,7 +28,7 @@ import study
 
 WEIGHTS = "runs/smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-STEP = dict(prompts_per_step=8, group_size=8, max_new_tokens=24, micro_batch=32, beta=10.0)
+STEP = dict(prompts_per_step=8, group_size=8, max_new_tokens=24, micro_batch=8, beta=10.0)
 SETTINGS = STEP | dict(
     train_data="examples/times_tables/train.jsonl",
     eval_data="examples/times_tables/test.jsonl",

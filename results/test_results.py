@@ -102,7 +102,7 @@ def test_real_model_runs_what_is_missing_and_no_more(small, tiny, capsys):
 
 def test_premise_measures_what_is_missing_and_no_more(small, tiny, capsys):
     shown, rows = twice(premise.main, ["--model", str(tiny)], small / "premise.jsonl", capsys)
-    assert len(rows) == 10 and "| capitals | 0.5 |" in shown
+    assert len(rows) == 11 and "| capitals | 0.5 | 4 |" in shown and "| products | 1.0 | 96 |" in shown
 
 
 def test_the_premise_is_that_of_the_untrained_model(small, tiny):
