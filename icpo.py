@@ -211,8 +211,8 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     model.eval()
-    device, repeated = model.device, [prompt for prompt in prompts for _ in range(group_size)]
-    B = len(repeated)
+    device, B = model.device, len(prompts) * group_size
+    repeated = [prompt for prompt in prompts for _ in range(group_size)]
     cache = DynamicCache(config=model.config)
     # Only these caches can be repeated and selected by row. With others, prefill every row and keep them all.
     by_row = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
@@ -309,9 +309,8 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
     Micro-batches bound memory and change nothing else: the normalizer is that of the whole batch. Rows whose
-    advantage is exactly 0 count in it, but are computed, and in the metrics, only if the KL needs them. A
-    non-finite loss or gradient makes no step. Raises UserError before the first step if scored and sampled
-    log-probs disagree.
+    advantage is exactly 0 count in it, but are computed only if the KL needs them. A non-finite loss or
+    gradient makes no step. Raises UserError before the first step if scored and sampled log-probs disagree.
     """
     normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
@@ -544,10 +543,7 @@ class Example(NamedTuple):
 
 
 def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Example]:
-    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError.
-
-    Prompts too long for the flags, or for the model's context in tokens, are skipped.
-    """
+    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError."""
     examples, keys = [], (config.prompt_key, config.answer_key)
     longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
     lines = [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
@@ -603,13 +599,10 @@ def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confide
 
 
 def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], reward, config: Config):
-    """Mean reward of greedy responses; with eval_samples k, also the mean of k samples and of the best of k.
-
-    Samples have a random stream of their own. Returns metrics, and the greedy responses with their rewards.
-    """
+    """Metrics of greedy responses, and of k = eval_samples more; and the greedy ones with their rewards."""
     if not examples:
         return {}, []
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
 
     def respond(k: int, temperature: float):  # the responses, rewards (examples, k)
         responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
@@ -758,7 +751,7 @@ def train(config: Config) -> dict:
     return after[0]
 
 
-# ---------------------------------------------------------------------------------------------- Built-in task
+# --------------------------------------------------------------------- The built-in task and the command line
 
 def worked_addition(a: int, b: int, carry: bool = True) -> str:
     """47+85 by columns: 7+5=12 4+8=12+1=13 #### 132, or without the carry: 7+5=12 4+8=12+0=12 #### 122."""
@@ -771,8 +764,8 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
 def write_task(out: Path, config: Config) -> None:
     """Writes to out/task a tiny Qwen2 that has imitated a sloppy teacher, and sums to train and test it on.
 
-    The teacher forgets the carry in task_teacher_error of the demonstrations. So the student can add, is sure
-    of a wrong answer and seldom gives the correct one: a confident error and an undervalued response [O].
+    The teacher mostly forgets to carry: the student will be sure of a wrong answer, and undervalue the
+    correct one. That is what ICPO is for, in small [O].
     """
     if out.exists() and any(out.iterdir()):
         names = (Path(f"{out}-{n}") for n in itertools.count(1))
@@ -804,8 +797,6 @@ def write_task(out: Path, config: Config) -> None:
         optimizer.step()
     save_model(model, tokenizer, out / "task/model")
 
-
-# ----------------------------------------------------------------------------------------------- Command line
 
 def main(arguments: list[str] | None = None) -> int:
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0],
