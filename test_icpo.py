@@ -393,7 +393,8 @@ def test_a_row_samples_the_same_whatever_its_neighbors(model, selectable, temper
     """Rows end, leave the batch and share prefills of different lengths; each still is what it would be alone."""
     if not selectable:  # as with caches that cannot be repeated and selected by row
         monkeypatch.setattr(icpo, "DynamicLayer", None)
-    together = draw(model, group_size=3, max_new_tokens=8, seed=4, temperature=temperature)
+    eos_ids = [EOS, 3, 11, 14, 20]  # so many that a row which stays in the batch ends more than once
+    together = draw(model, group_size=3, max_new_tokens=8, seed=4, temperature=temperature, eos_ids=eos_ids)
     uniforms = torch.rand(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     for b in range(9):
         tokens = list(PROMPTS[b // 3])
@@ -403,7 +404,7 @@ def test_a_row_samples_the_same_whatever_its_neighbors(model, selectable, temper
             entropy = -(p * p.log()).sum().item()
             assert together.entropies[b, t].item() == pytest.approx(entropy, abs=1e-4)
             tokens.append(next(v for v in range(VOCAB) if p[:v + 1].sum() > uniforms[b, t] or v == VOCAB - 1))
-            if tokens[-1] == EOS:
+            if tokens[-1] in eos_ids:
                 break
         assert tokens[len(PROMPTS[b // 3]):] == together.responses()[b]
 
@@ -437,11 +438,11 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch):
 
 
 def test_a_tail_below_the_precision_of_float32_is_drawn(monkeypatch):
-    V, way = 20_000, [0.1, 0.3, 0.5, 0.7, 0.9]  # of the way through the tail
+    V, way = 20_000, [n / 50 for n in range(1, 50)]  # of the way through the tail
     logits = torch.full((V,), math.log(1e-8))  # 1 + 1e-8 is 1 in float32
     logits[0] = 0
     tokens, _ = drawn(monkeypatch, logits, [(1 + x * (V - 1) * 1e-8) / (1 + (V - 1) * 1e-8) for x in way])
-    assert tokens == pytest.approx([x * V for x in way], abs=2)
+    assert tokens == pytest.approx([x * V for x in way], abs=1)
 
 
 def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):

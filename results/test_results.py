@@ -37,6 +37,9 @@ def test_tables_are_those_of_the_logs():
         assert table in README
     ends = [rows_of(RESULTS / "first_run" / f"seed-{seed}.jsonl")[-1]["eval/accuracy"] for seed in range(4)]
     assert f"seeds 0 to 3: {', '.join(f'{end:.3f}' for end in ends)} " in README
+    before, *_, after = rows_of(RESULTS / "times_tables" / "metrics.jsonl")
+    for name in ("accuracy", "mean_at_k", "pass_at_k"):
+        assert f"eval/{name}: {before[f'eval/{name}']:.3f} before, {after[f'eval/{name}']:.3f} after" in README
     areas = {(row["method"], row["seed"]): statistics.fmean(row["verified"]) for row in rows
              if (row["regime"], row["noise"]) == ("overconfident 98 %", 0.2)}
     gaps = [areas["ICPO gated", seed] - areas["GRPO", seed] for seed in range(16)]
