@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 PANELS = {  # title, unit: the metrics in it, and how each is drawn
-    "share right (dots: held out, greedy)": {"reward/verified": "-", "eval/accuracy": "o"},
+    "fraction correct (dots: held out, greedy)": {"reward/verified": "-", "eval/accuracy": "o"},
     "entropy, nats": {"entropy": "-"},
-    "confidence: right (line), wrong (dashes)": {"confidence/correct": "-", "confidence/wrong": "--"},
+    "confidence: correct, wrong (dashes)": {"confidence/correct": "-", "confidence/wrong": "--"},
     "agreement": {"preference/agreement": "-"},
     "response length, tokens": {"length/mean": "-"},
-    "share truncated": {"length/truncated_frac": "-"},
+    "fraction truncated": {"length/truncated_frac": "-"},
 }
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#444444", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito's
 

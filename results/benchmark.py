@@ -28,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from study import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 CONTESTANTS = ("bare", "icpo", "trl", "trl best")
 SMALL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -245,7 +247,7 @@ def take_turns(folder: str, name: str, steps: int, threads: int, device: str, co
 
 def table(results: dict) -> str:
     contestants = list(dict.fromkeys(name for result in results.values() for name in result))
-    lines = [["setting", *contestants], ["---"] * (1 + len(contestants))]
+    lines = []
     for name, result in results.items():
         fields = []
         for contestant in contestants:
@@ -253,7 +255,7 @@ def table(results: dict) -> str:
             cpu = f"{row['cpu']:.2f} s" if contestant == "bare" else f"× {row['cpu'] / result['bare']['cpu']:.2f}"
             fields.append(f"{cpu}, {row['tokens'] / row['wall']:.0f}/s, {row['peak'] / 1e6:.0f} MB")
         lines.append([name, *fields])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(["setting", *contestants], lines)
 
 
 def main() -> None:

@@ -83,7 +83,7 @@ def shown(row: dict, name: str) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    return real_model.table(["task", "temperature", "tokens", *COLUMNS], [
+    return study.markdown(["task", "temperature", "tokens", *COLUMNS], [
         [row["task"], str(row["temperature"]), str(row["settings"]["max_new_tokens"]),
          *(shown(row, name) for name in COLUMNS.values())]
         for row in rows])

@@ -100,7 +100,7 @@ def located(model: str) -> str:
 
 
 def adaptive(rewards, seq_log_probs, alpha, beta, keep_uniform_groups=False):
-    """In place of icpo_advantage: alpha counts in so far as the step's less probable responses did better."""
+    """In place of icpo_advantage: alpha counts to the extent that the less probable responses beat their groups."""
     A, s = icpo.group_advantage(rewards), icpo.preference_advantage(seq_log_probs, beta)
     agreement = (A * s).sum() / (A * s).abs().sum().clamp(min=1e-9)
     alpha *= (2 * agreement).clamp(0, 1).item()
@@ -137,10 +137,6 @@ def by_seed(rows: list[dict], method: str, noise: float) -> dict[int, dict]:
     return {row["seed"]: row for row in rows if (row["method"], row["noise"]) == (method, noise)}
 
 
-def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-
-
 def comparison(rows: list[dict]) -> str:
     """Each measure with its 95 % interval over seeds, and its difference to GRPO's of the same seed."""
     lines = []
@@ -156,7 +152,7 @@ def comparison(rows: list[dict]) -> str:
             lines.append([f"{name}: {method}", *fields])
     seeds = len(by_seed(rows, "GRPO", 0.0))
     header = [field for name in NOISES.values() for field in (name, "minus GRPO's")]
-    return table([f"{seeds} seeds", *header], lines)
+    return study.markdown([f"{seeds} seeds", *header], lines)
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -167,7 +163,7 @@ def figure(rows: list[dict], path: Path) -> None:
     styles = {  # the colors are Okabe and Ito's
         "GRPO": ("#444444", "-"), "ICPO": ("#0072B2", "-"), "adaptive": ("#009E73", "--"),
         "alpha 0.4": ("#E69F00", "-")}
-    kinds = [("reward/verified", False, "share of samples right"),
+    kinds = [("reward/verified", False, "fraction of samples correct"),
              ("reward/verified", True, "that minus GRPO's\nof the same seed"),
              ("preference/agreement", False, "agreement"),
              ("entropy", False, "entropy, nats")]
@@ -207,7 +203,7 @@ def guarded(command) -> int:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command goes on", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: stopped; the same command continues", file=sys.stderr)
         return 130
     return 0
 

@@ -235,10 +235,13 @@ def cells(rows: list[dict], method: str) -> list[list[dict]]:
                    key=lambda row: row["seed"]) for regime in REGIMES for noise in NOISES]
 
 
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
+
+
 def table(first: str, lines: list[tuple[str, list[str]]]) -> str:
     header = [first, *(f"{regime}, {'noisy' if noise else 'clean'}" for regime in REGIMES for noise in NOISES)]
-    lines = [header, ["---"] * len(header), *([name, *fields] for name, fields in lines)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, [[name, *fields] for name, fields in lines])
 
 
 def levels(rows: list[dict], name: str) -> str:
