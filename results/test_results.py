@@ -108,6 +108,11 @@ def test_premise_measures_what_is_missing_and_no_more(small, tiny, capsys):
     assert len(rows) == 11 and "| capitals | 0.5 | 4 |" in shown and "| products | 1.0 | 96 |" in shown
 
 
+def test_the_premise_table_is_that_of_the_log(capsys):
+    premise.main([])
+    assert capsys.readouterr().out.strip() in (RESULTS / "README.md").read_text()
+
+
 def test_the_premise_is_that_of_the_untrained_model(small, tiny):
     settings = premise.SETTINGS | dict(steps=6)
     job = dict(model=str(tiny), task="products", temperature=1.0, settings=settings)
