@@ -28,7 +28,6 @@ Glossary. P prompts, G responses each, B = P * G rows in prompt-major order, T r
   alpha, beta                          weight of s, sharpness of the comparison
 """
 
-import contextlib
 import inspect
 import itertools
 import json
@@ -65,12 +64,11 @@ from verify import extract_answer
 # ------------------------------------------------------------------------------------------------- The method
 
 def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Length-normalized log-prob of each response, its confidence [S]:
+    """Log-prob per token of each response, its confidence [S]; a mean, so that short and long ones compare:
 
         l_i = (1 / L_i) * sum over t of log pi_old(o_i,t | q, o_i,<t)
 
     log_probs (B, T); mask (B, T), any dtype, nonzero on response tokens -> (B,) float32, in nats per token.
-    The mean and not the sum, so that short and long responses can be compared.
     """
     mask = mask.bool()
     return torch.where(mask, log_probs.float(), 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -98,8 +96,7 @@ def group_advantage(rewards: Tensor) -> Tensor:
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
     rewards (P, G) -> (P, G) float32. A group of rewards that are equal up to rounding gets exactly 0; adding
-    1e-8 to the std does not achieve that: in float32, eight rewards of 0.7 have a std of 6e-8.
-    Raises ValueError if G < 2.
+    1e-8 to the std does not: eight float32 rewards of 0.7 have a std of 6e-8. Raises ValueError if G < 2.
     """
     if rewards.shape[-1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
@@ -136,10 +133,9 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
         loss = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * (exp(d) - d - 1)
         d = log pi_ref - log pi; the last term is Schulman's k3, whose mean under pi is KL(pi || pi_ref)
 
-    log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> scalar.
-    Aggregation "token" weights every token by 1 / normalizer; "sequence" every response, spread evenly over
-    its tokens. The normalizer counts the tokens, or the responses, of the whole optimizer batch; by default
-    those given. Also returns sums over tokens, for micro-batches to add up. Raises ValueError for any other.
+    log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> scalar, and
+    sums over tokens, for micro-batches to add up. Aggregation "token" weights all tokens alike, "sequence"
+    all responses, else ValueError. The normalizer is their number in the optimizer batch, by default here.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -226,6 +222,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     log_probs, entropies = torch.zeros(2, B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
+    truncated = torch.ones(B, dtype=torch.bool, device=device)
     eos, rows = torch.tensor(eos_ids, device=device), torch.arange(B, device=device)  # the rows in the batch
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -249,7 +246,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
             tokens[rows, t] = token.squeeze(1)
 
             ended = rows[torch.isin(token.squeeze(1), eos)]
-            lengths[ended] = lengths[ended].clamp(max=t + 1)
+            lengths[ended], truncated[ended] = lengths[ended].clamp(max=t + 1), False
             unfinished = lengths[rows] > t + 1
             if not unfinished.any():
                 break
@@ -263,7 +260,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     T, responses = int(lengths.max()), zip(repeated, tokens.tolist(), lengths.tolist())
     ids = padded([prompt + row[:length] for prompt, row, length in responses], device)
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
-    truncated = ~torch.isin(tokens.gather(1, lengths[:, None] - 1).squeeze(1), eos)
     after_end = torch.arange(T, device=device) >= lengths[:, None]
     log_probs, entropies = (x[:, :T].masked_fill(after_end, 0) for x in (log_probs, entropies))
     return Rollout(ids, prompt_lengths, lengths, truncated, log_probs, entropies)
@@ -308,9 +304,9 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Config", ref_model=None) -> dict:
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
-    Micro-batches bound memory and change nothing else: the normalizer is that of the whole batch. Rows whose
-    advantage is exactly 0 count in it, but are computed only if the KL needs them. A non-finite loss or
-    gradient makes no step. Raises UserError before the first step if scored and sampled log-probs disagree.
+    Micro-batches only bound memory: the normalizer is the whole batch's. Rows whose advantage is exactly 0
+    count in it, but are computed only if the KL needs them. A non-finite loss or gradient makes no step.
+    Raises UserError before the first step if scored and sampled log-probs disagree.
     """
     normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
@@ -343,10 +339,10 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
             raise UserError(f"this model's log-probs with a cache (sampled) and without (scored) differ by "
                             f"{difference:.2g} nats a token, so it cannot be trained: choose another --model")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if math.isfinite(sums["loss"] + norm):
+        finite = math.isfinite(sums["loss"] + norm)
+        skipped += not finite
+        if finite:
             optimizer.step()
-        else:
-            skipped += 1
     return {"loss": sums["loss"], "grad_norm": norm, "ratio/clip_frac": sums["clipped"] / tokens,
             "kl/old": sums["kl_old"] / tokens, "kl/ref": sums["kl_ref"] / tokens,
             "sampling/logp_difference": difference, "update/skipped": skipped}
@@ -358,8 +354,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
     P, G = len(examples), config.group_size
     start = time.perf_counter()
     # 1. Sample.
-    prompts = [example.ids for example in examples]
-    rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
+    rollout = sample(policy, [x.ids for x in examples], G, config.max_new_tokens, eos_ids, config.temperature)
     responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
     sampled = time.perf_counter()
     # 2. Verify; --reward-noise then flips some of the rewards.
@@ -386,8 +381,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
 
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
 
-# Defaults of the built-in task, which runs without --model
-TASK = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
+TASK_DEFAULTS = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
 
 
 @dataclass
@@ -442,7 +436,7 @@ class Config:
     def __post_init__(self):
         own = dict(output_dir=f"runs/{Path(str(self.model)).resolve().name}", steps=500, max_new_tokens=512,
                    micro_batch=8, lr=1e-6)
-        for name, value in (own if self.model else TASK).items():
+        for name, value in (own if self.model else TASK_DEFAULTS).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -451,7 +445,7 @@ class UserError(Exception):
     """An error that the user can fix: shown as one line, exit status 2."""
 
 
-def check(config: Config) -> None:
+def check(config: Config):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
     for names, wanted, holds in [
         ("steps prompts_per_step max_new_tokens max_prompt_tokens inner_epochs micro_batch save_every "
@@ -472,22 +466,20 @@ def check(config: Config) -> None:
     if config.resume:
         if not (out / "checkpoint/state.pt").exists():
             raise UserError(f"--resume: no checkpoint in {out}")
-        saved = json.loads((out / "config.json").read_text())
         free = ("resume", "steps", "device", "save_every", "micro_batch", "gradient_checkpointing")
-        for name, value in asdict(config).items():
-            if value != saved.get(name) and name not in free:
-                name, was = name.replace("_", "-"), saved.get(name)
-                raise UserError(f"--resume: this run has another --{name}: {was}, not {value}")
-    elif (config.model or str(out) != TASK["output_dir"]) and (out.is_file() or any(out.glob("*"))):
+        for name, was in json.loads((out / "config.json").read_text()).items():
+            if name not in free and was != (now := getattr(config, name, None)):
+                raise UserError(f"--resume: the run has another --{name.replace('_', '-')}: {was}, not {now}")
+    elif (config.model or str(out) != TASK_DEFAULTS["output_dir"]) and (out.is_file() or any(out.glob("*"))):
         raise UserError(f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
 
 
-# ------------------------------------------------------------------------------------- Reward, model and data
+# ------------------------------------------------------------------------------- Reward, model, data, metrics
 
 WARNED = set()
 
 
-def warn_once(topic, message: str) -> None:
+def warn_once(topic, message: str):
     """Shows the message above the progress bar, unless this run has warned of the topic before."""
     if topic not in WARNED:
         WARNED.add(topic)
@@ -573,10 +565,7 @@ def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Ex
     return examples
 
 
-# ------------------------------------------------------------------------------------- Metrics and evaluation
-
-def rollout_metrics(rollout: Rollout, verified: Tensor, rewards: Tensor, confidence: Tensor,
-                    advantages: Tensor, beta: float) -> dict:
+def rollout_metrics(rollout: Rollout, verified, rewards, confidence, advantages, beta: float) -> dict:
     """Metrics of one rollout, from tensors (P, G); the mean of nothing is None."""
 
     def mean(x):
@@ -615,9 +604,8 @@ def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], rew
     greedy, rewards = respond(1, temperature=0)
     metrics = {"eval/accuracy": rewards.mean().item()}
     if config.eval_samples:
-        _, sampled = respond(config.eval_samples, config.temperature)
-        metrics["eval/mean_at_k"] = sampled.mean().item()
-        metrics["eval/pass_at_k"] = sampled.amax(dim=1).mean().item()
+        R = respond(config.eval_samples, config.temperature)[1]
+        metrics |= {"eval/mean_at_k": R.mean().item(), "eval/pass_at_k": R.amax(dim=1).mean().item()}
     return metrics, list(zip(greedy, rewards.flatten().tolist()))
 
 
@@ -629,33 +617,15 @@ def batch_indices(examples: int, step: int, count: int, seed: int) -> list[int]:
             for place in range((step - 1) * count, step * count)]
 
 
-@contextlib.contextmanager
-def writing(path: Path):
-    """Turns what a full disk or a folder without permission raises into a UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(f"{path} cannot be written: {reason}; make room or change --output-dir")
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+def append(path: Path, rows: list[dict]):
+    with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def replace_file(path: Path, write) -> None:
+def replace_file(path: Path, write):
     """Calls write(another path), then renames: at every moment the file at path is whole, old or new."""
-    with writing(path):
-        write(path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
-
-
-def save_model(model, tokenizer, folder: Path) -> None:
-    with writing(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    write(path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def until_interrupted(steps):
@@ -663,9 +633,8 @@ def until_interrupted(steps):
     signals = []
 
     def handler(number, frame):
-        if signals:
-            raise KeyboardInterrupt
         signals.append(number)
+        signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -683,20 +652,20 @@ def train(config: Config) -> dict:
     out, reward = Path(config.output_dir), load_reward(config.reward)
     if not (config.model or config.resume):
         write_task(out, config)
-    own = config.model, config.train_data, config.eval_data
-    task = (f"{out}/task/{name}" for name in ("model", "train.jsonl", "eval.jsonl"))
-    source, train_data, eval_data = own if config.model else task
+    task = out / "task"
+    source = config.model or task / "model"
     policy, tokenizer, eos_ids = load_model(source, config.device)
     ref_model = load_model(source, config.device)[0] if config.kl_coef else None
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     context = getattr(policy.config, "max_position_embeddings", sys.maxsize)
-    examples = load_examples(train_data, tokenizer, config, context)
+    examples = load_examples(config.train_data or task / "train.jsonl", tokenizer, config, context)
+    eval_data = config.eval_data if config.model else task / "eval.jsonl"
     held_out = load_examples(eval_data, tokenizer, config, context)[:config.eval_rows] if eval_data else []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
 
-    def save() -> None:
+    def save():
         state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                  "before": before, "after": after, "log_sizes": [log.stat().st_size for log in logs]}
         replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
@@ -712,6 +681,7 @@ def train(config: Config) -> dict:
     else:
         step, before = 0, evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
         after = before
+        (out / "checkpoint").mkdir(parents=True, exist_ok=True)
         append(metrics_log, [{"step": 0} | before[0]])
         append(samples_log, [])  # makes the file, whose size the checkpoint notes
         save()
@@ -733,14 +703,15 @@ def train(config: Config) -> dict:
         bar.set_postfix({name.split("/")[-1]: f"{(after[0] | metrics)[name]:.2f}" for name in shown})
         if metrics["length/truncated_frac"] > 0.5:
             warn_once("truncated", f"step {step}: over half of the responses were cut at --max-new-tokens "
-                      f"{config.max_new_tokens}, and verified as they stand; raise it if answers get lost")
+                                   f"{config.max_new_tokens}; raise it if answers get lost")
         if step % config.save_every == 0 and step < config.steps:
             save()
     save()
     if step < config.steps:
         raise KeyboardInterrupt
 
-    save_model(policy, tokenizer, out / "model")
+    policy.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
     for name, value in after[0].items():
         print(f"{name}: {before[0][name]:.3f} before, {value:.3f} after ({len(held_out)} held-out prompts)")
     if held_out:
@@ -761,24 +732,24 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
     return f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}+{carried}={tens + carried} #### {final}"
 
 
-def write_task(out: Path, config: Config) -> None:
-    """Writes to out/task a tiny Qwen2 that has imitated a sloppy teacher, and sums to train and test it on.
+def write_task(out: Path, config: Config):
+    """Writes to out/task sums to train on, held-out sums, and a tiny Qwen2 that imitates a sloppy teacher.
 
-    The teacher mostly forgets to carry: the student will be sure of a wrong answer, and undervalue the
-    correct one. That is what ICPO is for, in small [O].
+    It mostly forgets to carry: its student is sure of a wrong answer, and undervalues the correct one [O].
     """
     if out.exists() and any(out.iterdir()):
         names = (Path(f"{out}-{n}") for n in itertools.count(1))
         print(f"the earlier run in {out} is now {out.rename(next(x for x in names if not x.exists()))}")
     set_seed(config.seed)
+    # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
+    vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
+    tokenizer.save_pretrained(out / "task/model")  # also makes the folders
     sums = list(itertools.product(range(10, 100), repeat=2))
     random.shuffle(sums)
     held_out, sums = sums[:1024], sums[1024:]
     for name, part in (("eval", held_out), ("train", sums)):
         append(out / f"task/{name}.jsonl", [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in part])
-    # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
-    vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=257, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=256,
@@ -795,7 +766,7 @@ def write_task(out: Path, config: Config) -> None:
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
-    save_model(model, tokenizer, out / "task/model")
+    model.save_pretrained(out / "task/model")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -804,19 +775,23 @@ def main(arguments: list[str] | None = None) -> int:
     comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
+    config = Config(**vars(parser.parse_args(arguments)))
     try:
-        train(Config(**vars(parser.parse_args(arguments))))
+        train(config)
         return 0
     except KeyboardInterrupt:
         tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+    except UserError as error:
+        message = error
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        if re.search("out of memory|allocate memory|MemoryError", repr(error)):
+            message = "out of memory: lower --micro-batch, --max-new-tokens, or add --gradient-checkpointing"
+        elif isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        message = ("out of memory: lower --micro-batch, --prompts-per-step or --max-new-tokens, or add "
-                   "--gradient-checkpointing")
+        else:  # a full disk says least: torch.save raises a RuntimeError of its inline_container
+            place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+            message = f"{place or config.output_dir}: {reason or 'the disk may be full'}"
     print(f"icpo.py: error: {message}", file=sys.stderr)
     return 2
 

@@ -46,7 +46,7 @@ SETTINGS = {
     "ends": dict(P=8, G=8, T=64, model=SMALL | dict(vocab_size=32), ends=True),
     "vocabulary": dict(P=2, G=8, T=64, model=LARGE),
     "vocabulary, T=128": dict(P=2, G=8, T=128, model=LARGE),
-    "smollm2": dict(P=4, G=8, T=16, model=SMOLLM2, micro_batch=16, prompt=24, threads=2, in_turns=False),
+    "smollm2": dict(P=4, G=8, T=16, model=SMOLLM2, micro_batch=16, prompt=32, threads=2, in_turns=False),
     "gpu": dict(P=32, G=8, T=256, model=HALF_B, micro_batch=32),
 }
 

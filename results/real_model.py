@@ -124,10 +124,11 @@ def run(job: dict) -> dict:
 
 
 def plan(model: str, seeds: int) -> list[dict]:
-    """The jobs, whole seeds one after another: a log that breaks off is balanced."""
-    return [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
+    """The jobs, whole seeds one after another, of GRPO and ICPO on clean rewards first: a log may break off."""
+    jobs = [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
             for seed in range(seeds) for noise in NOISES for method, settings in METHODS.items()
             if method != "alpha 0.4" or (noise == 0 and seed < 3)]
+    return sorted(jobs, key=lambda job: (job["method"] not in ("GRPO", "ICPO"), job["noise"]))
 
 
 # ------------------------------------------------------------------------------------------- Table and figure
