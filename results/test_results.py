@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-import statistics
+import re
 import sys
 from pathlib import Path
 
@@ -21,30 +21,37 @@ import study
 from test_icpo import rows_of, tiny
 
 assert tiny  # a fixture: a saved model with a chat template
-README = (RESULTS.parent / "README.md").read_text()
+README, TABLES = ((folder / "README.md").read_text() for folder in (RESULTS.parent, RESULTS))
 
 
 # ------------------------------------------------------------------------------------- The tables of the README
 
 
-def test_tables_are_those_of_the_logs():
-    assert benchmark.table(json.loads((RESULTS / "benchmark.json").read_text())) in README
-    rows, tuned = (sorted(rows_of(RESULTS / log), key=lambda row: list(study.TUNING).index(row["method"]))
-                   for log in ("study.jsonl", "tuning.jsonl"))
-    tables = (study.differences(rows, study.CLAIMS), study.levels(rows, "sampled accuracy"),
-              study.differences(tuned, {"area": 1}))
-    for table in tables:
-        assert table in README
+def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
+    monkeypatch.setattr(study, "figure", lambda *args: None)
+    assert benchmark.table(json.loads((RESULTS / "benchmark.json").read_text())) in TABLES
+    for main, *command in ((study.main,), (study.main, "--tune"), (real_model.main,), (premise.main,)):
+        main(command)
+        parts = capsys.readouterr().out.strip().split("\n\n")
+        assert parts and all(part in TABLES for part in parts), parts
+    for quoted in re.findall(r"[+−]\d\.\d{3} ± \d\.\d{3}", README):
+        assert quoted.replace("−", "-") in TABLES, quoted
     ends = [rows_of(RESULTS / "first_run" / f"seed-{seed}.jsonl")[-1]["eval/accuracy"] for seed in range(4)]
     assert f"seeds 0 to 3: {', '.join(f'{end:.3f}' for end in ends)} " in README
     before, *_, after = rows_of(RESULTS / "times_tables" / "metrics.jsonl")
     for name in ("accuracy", "mean_at_k", "pass_at_k"):
         assert f"eval/{name}: {before[f'eval/{name}']:.3f} before, {after[f'eval/{name}']:.3f} after" in README
-    areas = {(row["method"], row["seed"]): statistics.fmean(row["verified"]) for row in rows
-             if (row["regime"], row["noise"]) == ("overconfident 98 %", 0.2)}
-    gaps = [areas["ICPO gated", seed] - areas["GRPO", seed] for seed in range(16)]
-    half = 2.131 * statistics.stdev(gaps) / math.sqrt(16)  # Student's t for 15 degrees of freedom
-    assert f"✓ {statistics.fmean(gaps):+.3f} ± {half:.3f}" in README and statistics.fmean(gaps) > half
+
+
+def test_an_interval_of_paired_differences_by_hand():
+    rows = [dict(regime="98 %", noise=0.2, method=method, seed=seed, area=area)
+            for method, areas in {"GRPO": [0.1, 0.3, 0.5, 0.7], "ICPO": [0.2, 0.4, 0.7, 0.7], "gated": [0.3] * 4}.items()
+            for seed, area in enumerate(areas)]
+    # Differences 0.1, 0.1, 0.2, 0: mean 0.1, std sqrt(0.02 / 3), and Student's t is 3.182 for 3 degrees of freedom.
+    half = 3.182 * math.sqrt(0.02 / 3) / 2
+    line = study.table(rows, "area", study.METHODS).splitlines()[2]
+    assert line.startswith(f"| 98 % noisy | 0.400 ± 0.411 | +0.100 ± {half:.3f} | -0.100 ±")
+    assert study.difference([0.1, 0.11, 0.12]) == "**+0.110 ± 0.025**" and study.difference([0.1]) == ""
 
 
 # ------------------------------------------------------------------------------------------------- Real model
@@ -91,26 +98,32 @@ def twice(main, command, log, capsys):
 
 
 def test_real_model_runs_what_is_missing_and_no_more(small, tiny, capsys):
-    command = ["--model", str(tiny), "--seeds", "2"]
+    command = ["--run", "--model", str(tiny), "--seeds", "2"]
     shown, rows = twice(real_model.main, command, small / "real_model.jsonl", capsys)
-    seed = [("alpha 0.4", 0.0), ("GRPO", 0.0), ("ICPO", 0.0), ("adaptive", 0.0),
-            ("GRPO", 0.2), ("ICPO", 0.2), ("adaptive", 0.2)]
-    assert [(row["method"], row["noise"]) for row in rows] == seed * 2
+    first, others = [("GRPO", 0.0), ("ICPO", 0.0)] * 2 + [("GRPO", 0.2), ("ICPO", 0.2)] * 2, [
+        ("adaptive", 0.0), ("alpha 0.4", 0.0)] * 2 + [("adaptive", 0.2)] * 2
+    assert [(row["method"], row["noise"]) for row in rows] == first + others
     assert all(len(row["entropy"]) == len(row["eval/mean_at_k"]) == 2 for row in rows)
     # Paired: what the first step samples is the same for every method
     assert len({row["entropy"][0] for row in rows if row["seed"] == 0}) == 1
-    assert "| 2 seeds | clean |" in shown and "| entropy: alpha 0.4 |" in shown
+    assert "| clean | GRPO (2 seeds) | ICPO (2 seeds) |" in shown and "| 20 % flipped | GRPO" in shown
     assert (small / "real_model.png").exists() == bool(importlib.util.find_spec("matplotlib"))
 
 
+def test_study_runs_what_is_missing_and_no_more(small, monkeypatch, capsys):
+    methods = {method: study.METHODS[method] for method in ("GRPO", "gated")}
+    for name, value in dict(RESULTS=small, WARM_STARTS=small / "study", REGIMES={"98 %": dict(task_warmup_steps=2)},
+                            CELLS=[("98 %", 0.2)], METHODS=methods, SEEDS=range(2), STEPS=2).items():
+        monkeypatch.setattr(study, name, value)
+    shown, rows = twice(study.main, ["--run"], small / "study.jsonl", capsys)
+    assert [(row["seed"], row["method"]) for row in rows] == [(0, "GRPO"), (0, "gated"), (1, "GRPO"), (1, "gated")]
+    assert all(len(row["entropy"]) == len(row["eval/pass_at_k"]) == 2 for row in rows)
+    assert rows[0]["entropy"][0] == rows[1]["entropy"][0] and "| area | GRPO | gated |" in shown
+
+
 def test_premise_measures_what_is_missing_and_no_more(small, tiny, capsys):
-    shown, rows = twice(premise.main, ["--model", str(tiny)], small / "premise.jsonl", capsys)
+    shown, rows = twice(premise.main, ["--run", "--model", str(tiny)], small / "premise.jsonl", capsys)
     assert len(rows) == 11 and "| capitals | 0.5 | 4 |" in shown and "| products | 1.0 | 96 |" in shown
-
-
-def test_the_premise_table_is_that_of_the_log(capsys):
-    premise.main([])
-    assert capsys.readouterr().out.strip() in (RESULTS / "README.md").read_text()
 
 
 def test_the_premise_is_that_of_the_untrained_model(small, tiny):
@@ -123,10 +136,11 @@ def test_the_premise_is_that_of_the_untrained_model(small, tiny):
 def test_adaptive_by_hand():
     rewards, l = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[-1.0, -2.0, -2.0, -2.0]])
     # The more probable response is the right one: agreement -1, alpha 0
-    assert torch.equal(real_model.adaptive(rewards, l, 0.4, 10.0), icpo.group_advantage(rewards))
+    adaptive = study.variant("adaptive", 0.4)
+    assert torch.equal(adaptive(rewards, l, 0.1, 10.0), icpo.group_advantage(rewards))
     # The less probable one is: agreement 1, alpha as given
     expected = icpo.icpo_advantage(rewards, -l, 0.4, 10.0)
-    assert torch.equal(real_model.adaptive(rewards, -l, 0.4, 10.0), expected)
+    assert torch.equal(adaptive(rewards, -l, 0.1, 10.0), expected)
 
 
 @pytest.mark.parametrize("response, right", [
