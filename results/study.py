@@ -6,8 +6,8 @@
     python results/study.py --tune     the search for the default, on seeds that the tables do not use
 
 Runs are paired by seed: the same warm start, the same prompts in the same order, the same random numbers for
-sampling. They go two at a time, each on one thread; a finished run is a line of study.jsonl (tuning.jsonl) and
-is not run again. The figure needs matplotlib; it shows real_model.py's runs beside, as far as there are any.
+sampling. They go two at a time, each on one thread; a finished run is a line of study.jsonl (tuning.jsonl)
+and is not run again. The figure needs matplotlib; it shows real_model.py's runs beside, as far as there are any.
 """
 
 import argparse

@@ -38,9 +38,15 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
         assert quoted.replace("−", "-") in TABLES, quoted
     ends = [rows_of(RESULTS / "first_run" / f"seed-{seed}.jsonl")[-1]["eval/accuracy"] for seed in range(4)]
     assert f"seeds 0 to 3: {', '.join(f'{end:.3f}' for end in ends)} " in README
-    before, *_, after = rows_of(RESULTS / "times_tables" / "metrics.jsonl")
-    for name in ("accuracy", "mean_at_k", "pass_at_k"):
-        assert f"eval/{name}: {before[f'eval/{name}']:.3f} before, {after[f'eval/{name}']:.3f} after" in README
+    for log in ("first_run/seed-0.jsonl", "times_tables/metrics.jsonl"):
+        before, *_, after = rows_of(RESULTS / log)
+        for name in ("accuracy", "mean_at_k", "pass_at_k"):
+            assert f"eval/{name}: {before[f'eval/{name}']:.3f} before, {after[f'eval/{name}']:.3f} after" in README
+    cpu = [{name: row["cpu"] for name, row in setting.items()}
+           for setting in json.loads((RESULTS / "benchmark.json").read_text()).values()]
+    for base in ("bare", "trl best"):
+        ratios = [row["icpo"] / row[base] for row in cpu]
+        assert f"{min(ratios):.2f} to {max(ratios):.2f} of " in README, ratios
 
 
 def test_an_interval_of_paired_differences_by_hand():
@@ -100,9 +106,9 @@ def twice(main, command, log, capsys):
 def test_real_model_runs_what_is_missing_and_no_more(small, tiny, capsys):
     command = ["--run", "--model", str(tiny), "--seeds", "2"]
     shown, rows = twice(real_model.main, command, small / "real_model.jsonl", capsys)
-    first, others = [("GRPO", 0.0), ("ICPO", 0.0)] * 2 + [("GRPO", 0.2), ("ICPO", 0.2)] * 2, [
-        ("adaptive", 0.0), ("alpha 0.4", 0.0)] * 2 + [("adaptive", 0.2)] * 2
-    assert [(row["method"], row["noise"]) for row in rows] == first + others
+    assert [(row["method"], row["noise"]) for row in rows] == [
+        *[("GRPO", 0.0), ("ICPO", 0.0)] * 2, *[("adaptive", 0.0), ("alpha 0.4", 0.0)] * 2,
+        *[("GRPO", 0.2), ("ICPO", 0.2)] * 2, *[("adaptive", 0.2)] * 2]
     assert all(len(row["entropy"]) == len(row["eval/mean_at_k"]) == 2 for row in rows)
     # Paired: what the first step samples is the same for every method
     assert len({row["entropy"][0] for row in rows if row["seed"] == 0}) == 1
