@@ -17,7 +17,7 @@ Where each part comes from: [P] the paper's abstract or its authors' README, [S]
 reading or choice, such as which response of a pair is preferred, or the values of alpha and beta. We did not
 have the full text: what is marked [O] may differ from it, and no number here comes from the paper.
 
-Glossary. P prompts, G responses each, B = P * G rows in prompt-major order, T response positions, V words:
+Glossary. P prompts, G responses each, B = P * G prompt-major rows, T response positions, V vocabulary size:
   o_i         rollout.ids      (B, S)  prompt, response, padding
   L_i         rollout.lengths  (B,)    tokens of the response, its end-of-sequence token included
   l_i         confidence       (P, G)  from the log-probs that the sampler recorded, without another pass
@@ -28,6 +28,7 @@ Glossary. P prompts, G responses each, B = P * G rows in prompt-major order, T r
   alpha, beta                          weight of s, sharpness of the comparison
 """
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -95,8 +96,8 @@ def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
 def group_advantage(rewards: Tensor) -> Tensor:
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
-    rewards (P, G) -> (P, G) float32. A group of rewards that are equal up to rounding gets exactly 0; adding
-    1e-8 to the std does not: eight float32 rewards of 0.7 have a std of 6e-8. Raises ValueError if G < 2.
+    rewards (P, G) -> (P, G) float32. A group of rewards that are equal up to rounding gets exactly 0: an
+    epsilon of 1e-8 is too small, as eight rewards of 0.7 have a std of 6e-8. Raises ValueError if G < 2.
     """
     if rewards.shape[-1] < 2:
         raise ValueError("a group needs at least 2 responses to compare")
@@ -282,7 +283,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 
         def score(features: Tensor, targets: Tensor) -> Tensor:
             logits = features
-            if decoder is not model:  # the model's own forward on them: some scale or cap what the head gives
+            if decoder is not model:  # its own head, the decoder stubbed: some models scale or cap logits
                 given = replace(outputs, last_hidden_state=features[None])
                 with patch.object(decoder, "forward", lambda *args, **kwargs: given):
                     logits = model(input_ids=targets[None]).logits[0]
@@ -351,8 +352,7 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
 def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list["Example"], reward,
                config: "Config", ref_model=None) -> tuple[dict, list]:
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples."""
-    P, G = len(examples), config.group_size
-    start = time.perf_counter()
+    P, G, start = len(examples), config.group_size, time.perf_counter()
     # 1. Sample.
     rollout = sample(policy, [x.ids for x in examples], G, config.max_new_tokens, eos_ids, config.temperature)
     responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
@@ -372,10 +372,10 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
     metrics |= rollout_metrics(rollout, verified, rewards, confidence, advantages, config.beta)
     metrics |= {"reward/errors": errors, "time/sample": sampled - start, "time/score": scored - sampled,
                 "time/update": done - scored, "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
-    names = "verified", "reward", "confidence", "advantage"
-    numbers = zip(*(x.flatten().tolist() for x in (verified, rewards, confidence, advantages)))
+    numbers = {"verified": verified, "reward": rewards, "confidence": confidence, "advantage": advantages}
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
-                "response": responses[b], **dict(zip(names, row))} for b, row in enumerate(numbers)]
+                "response": responses[b]} | {name: x.flatten()[b].item() for name, x in numbers.items()}
+               for b in range(P * G)]
     return metrics, samples
 
 
@@ -466,15 +466,13 @@ def check(config: Config):
     if config.resume:
         if not (out / "checkpoint/state.pt").exists():
             raise UserError(f"--resume: no checkpoint in {out}")
-        free = ("resume", "steps", "device", "save_every", "micro_batch", "gradient_checkpointing")
+        free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
         for name, was in json.loads((out / "config.json").read_text()).items():
             if name not in free and was != (now := getattr(config, name, None)):
                 raise UserError(f"--resume: the run has another --{name.replace('_', '-')}: {was}, not {now}")
     elif (config.model or str(out) != TASK_DEFAULTS["output_dir"]) and (out.is_file() or any(out.glob("*"))):
         raise UserError(f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
 
-
-# ------------------------------------------------------------------------------- Reward, model, data, metrics
 
 WARNED = set()
 
@@ -505,8 +503,7 @@ def score_responses(reward, responses: list[str], examples: list["Example"]) -> 
             rewards.append(float(reward(response, examples[i // G].reference)))
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
             rewards.append(math.nan)
-            warn_once(reward, "a call of the reward function failed; such calls score 0 and are counted in "
-                              f"reward/errors. The first:\n{traceback.format_exc()}")
+            warn_once(reward, f"a reward failed: 0, counted in reward/errors\n{traceback.format_exc()}")
     rewards = torch.tensor(rewards).view(-1, G)
     failed = ~rewards.isfinite()
     return rewards.masked_fill(failed, 0), int(failed.sum())
@@ -515,10 +512,10 @@ def score_responses(reward, responses: list[str], examples: list["Example"]) -> 
 def load_model(path: str, device: str):
     """The model, its tokenizer, and the ids of the tokens that end a response. Raises UserError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-        token_log_probs(model, sample(model, [[0], [0, 0]], 2, 2, []))  # what cannot be trained raises here
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
+        token_log_probs(model.to(device), sample(model, [[0], [0, 0]], 2, 2, []))  # does it work at all?
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
     ends = model.generation_config.eos_token_id
@@ -617,15 +614,27 @@ def batch_indices(examples: int, step: int, count: int, seed: int) -> list[int]:
             for place in range((step - 1) * count, step * count)]
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns what a full disk or a folder without permission raises into a UserError that names the path."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
+        reason = getattr(error, "strerror", None) or f"the disk may be full ({error})"
+        raise UserError(f"{path} cannot be written: {reason}; make room or change --output-dir")
+
+
 def append(path: Path, rows: list[dict]):
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def replace_file(path: Path, write):
     """Calls write(another path), then renames: at every moment the file at path is whole, old or new."""
-    write(path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with writing(path):
+        write(path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def until_interrupted(steps):
@@ -633,8 +642,9 @@ def until_interrupted(steps):
     signals = []
 
     def handler(number, frame):
+        if signals:
+            raise KeyboardInterrupt
         signals.append(number)
-        signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -652,15 +662,14 @@ def train(config: Config) -> dict:
     out, reward = Path(config.output_dir), load_reward(config.reward)
     if not (config.model or config.resume):
         write_task(out, config)
-    task = out / "task"
-    source = config.model or task / "model"
+    source = config.model or out / "task/model"
     policy, tokenizer, eos_ids = load_model(source, config.device)
     ref_model = load_model(source, config.device)[0] if config.kl_coef else None
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     context = getattr(policy.config, "max_position_embeddings", sys.maxsize)
-    examples = load_examples(config.train_data or task / "train.jsonl", tokenizer, config, context)
-    eval_data = config.eval_data if config.model else task / "eval.jsonl"
+    examples = load_examples(config.train_data or out / "task/train.jsonl", tokenizer, config, context)
+    eval_data = config.eval_data if config.model else out / "task/eval.jsonl"
     held_out = load_examples(eval_data, tokenizer, config, context)[:config.eval_rows] if eval_data else []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
@@ -681,7 +690,6 @@ def train(config: Config) -> dict:
     else:
         step, before = 0, evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
         after = before
-        (out / "checkpoint").mkdir(parents=True, exist_ok=True)
         append(metrics_log, [{"step": 0} | before[0]])
         append(samples_log, [])  # makes the file, whose size the checkpoint notes
         save()
@@ -710,8 +718,9 @@ def train(config: Config) -> dict:
     if step < config.steps:
         raise KeyboardInterrupt
 
-    policy.save_pretrained(out / "model")
-    tokenizer.save_pretrained(out / "model")
+    with writing(out / "model"):
+        policy.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
     for name, value in after[0].items():
         print(f"{name}: {before[0][name]:.3f} before, {value:.3f} after ({len(held_out)} held-out prompts)")
     if held_out:
@@ -722,8 +731,6 @@ def train(config: Config) -> dict:
     return after[0]
 
 
-# --------------------------------------------------------------------- The built-in task and the command line
-
 def worked_addition(a: int, b: int, carry: bool = True) -> str:
     """47+85 by columns: 7+5=12 4+8=12+1=13 #### 132, or without the carry: 7+5=12 4+8=12+0=12 #### 122."""
     units, tens = a % 10 + b % 10, a // 10 + b // 10
@@ -733,10 +740,7 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
 
 
 def write_task(out: Path, config: Config):
-    """Writes to out/task sums to train on, held-out sums, and a tiny Qwen2 that imitates a sloppy teacher.
-
-    It mostly forgets to carry: its student is sure of a wrong answer, and undervalues the correct one [O].
-    """
+    """Writes sums to out/task, and a tiny Qwen2 taught to forget the carry: it is sure of wrong sums [O]."""
     if out.exists() and any(out.iterdir()):
         names = (Path(f"{out}-{n}") for n in itertools.count(1))
         print(f"the earlier run in {out} is now {out.rename(next(x for x in names if not x.exists()))}")
@@ -744,7 +748,6 @@ def write_task(out: Path, config: Config):
     # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
     vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
-    tokenizer.save_pretrained(out / "task/model")  # also makes the folders
     sums = list(itertools.product(range(10, 100), repeat=2))
     random.shuffle(sums)
     held_out, sums = sums[:1024], sums[1024:]
@@ -766,7 +769,9 @@ def write_task(out: Path, config: Config):
         optimizer.zero_grad()
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
-    model.save_pretrained(out / "task/model")
+    with writing(out / "task/model"):
+        model.save_pretrained(out / "task/model")
+        tokenizer.save_pretrained(out / "task/model")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -775,23 +780,18 @@ def main(arguments: list[str] | None = None) -> int:
     comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    config = Config(**vars(parser.parse_args(arguments)))
     try:
-        train(config)
+        train(Config(**vars(parser.parse_args(arguments))))
         return 0
     except KeyboardInterrupt:
         tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
         return 130
-    except UserError as error:
-        message = error
-    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
-        if re.search("out of memory|allocate memory|MemoryError", repr(error)):
-            message = "out of memory: lower --micro-batch, --max-new-tokens, or add --gradient-checkpointing"
-        elif isinstance(error, RuntimeError) and "inline_container" not in str(error):
+    except (UserError, OSError) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate memory|MemoryError", repr(error)):
             raise
-        else:  # a full disk says least: torch.save raises a RuntimeError of its inline_container
-            place, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-            message = f"{place or config.output_dir}: {reason or 'the disk may be full'}"
+        message = "out of memory: lower --micro-batch, --max-new-tokens, or add --gradient-checkpointing"
     print(f"icpo.py: error: {message}", file=sys.stderr)
     return 2
 

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import icpo
 from icpo import (Config, group_advantage, icpo_advantage, policy_loss, preference_advantage, sample,
                   sequence_log_prob, token_log_probs)
-from verify import compute_score, is_equivalent, reward_func, verify
+from verify import is_equivalent
 
 # One thread, here and in the runs started here: several that wait for each other crawl where something else runs too.
 torch.set_num_threads(1)
@@ -808,7 +808,7 @@ BAD = [
     ("--train-data list.jsonl", "line 1: needs a string"), ("--train-data number.jsonl", "line 1: needs a string"),
     ("--train-data null.jsonl", "line 1: needs a string"), ("--output-dir runs/addition", "not empty"),
     ("--train-data empty.jsonl", "no usable row"), ("--train-data latin.jsonl", "utf-8"),
-    ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "good.jsonl/run/"),
+    ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
     ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
     pytest.param("--device cuda", "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
 
@@ -912,8 +912,9 @@ def test_resume_repeats_an_unbroken_run_bit_for_bit(task, tmp_path):
     for log in ("metrics.jsonl", "samples.jsonl"):
         with open(tmp_path / "broken" / log, "a") as file:
             file.write('{"step": 3}\n{"st')  # steps after the checkpoint, as a killed run leaves them
-    assert run(*own(task, tmp_path / "broken", *flags, "--steps", 4, "--resume")) == 0
-    whole, broken = result_of(tmp_path / "whole"), result_of(tmp_path / "broken")
+    (tmp_path / "broken").rename(tmp_path / "moved")
+    assert run(*own(task, tmp_path / "moved", *flags, "--steps", 4, "--resume")) == 0
+    whole, broken = result_of(tmp_path / "whole"), result_of(tmp_path / "moved")
     assert whole == broken and len(whole[1]) > 60 and len(whole[2][0]) == 5
 
 
@@ -932,6 +933,13 @@ def test_interrupted_runs_save_and_go_on(task, tmp_path, number):
     assert run(*short_run(task, tmp_path / "run", "--resume", "--save-every", 100)) == 0
     assert run(*short_run(task, tmp_path / "whole")) == 0
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_a_second_signal_of_either_kind_stops_at_once():
+    for step in icpo.until_interrupted([1]):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="takes half a minute; SLOW=1 python -m pytest runs it")
@@ -957,12 +965,14 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(task, tmp_path):
         running.join(random_.random() * seconds)  # while it reads, evaluates, trains or saves
         running.kill()
         running.join()
+        if checkpoint.exists():
+            torch.load(checkpoint, weights_only=True)
         if running.exitcode == 0:  # it had come to its end: begin another
             assert result_of(out) == expected
             shutil.rmtree(out)
             ended += 1
     process(out, *["--resume"] * checkpoint.exists()).join()
-    assert result_of(out) == expected and ended < 15  # of 20: kills did hit
+    assert result_of(out) == expected and ended < 10
 
 
 @contextlib.contextmanager
@@ -980,11 +990,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(task, tmp_path, capfd
     assert run(*short_run(task, tmp_path / "run", "--steps", 2, "--eval-every", 2)) == 0
     with files_of_at_most(100_000):
         error = error_of(capfd, *short_run(task, tmp_path / "run", *flags))
-    assert f"{tmp_path / 'run'}: the disk may be full" in error
+    assert f"{tmp_path / 'run' / 'checkpoint' / 'state.pt'} cannot be written" in error and "make room" in error
     kept = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:3]
     with files_of_at_most(sum(map(len, kept)) + 99):  # in the middle of a line
         error = error_of(capfd, *short_run(task, tmp_path / "run", *flags))
-    assert f"{tmp_path / 'run'}: File too large" in error
+    assert ".jsonl cannot be written" in error
     assert run(*short_run(task, tmp_path / "run", *flags)) == 0
     assert run(*short_run(task, tmp_path / "whole", *flags[1:])) == 0
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
@@ -993,9 +1003,9 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(task, tmp_path, capfd
 def test_no_room_or_no_folder_for_the_task_or_a_lost_log_is_one_line(task, tmp_path, capfd):
     with files_of_at_most(500_000):  # the sums fit in, 0.3M parameters do not
         error = error_of(capfd, "--task-warmup-steps", 1, "--output-dir", tmp_path / "run", "--device", "cpu")
-    assert f"{tmp_path / 'run'}: the disk may be full" in error
+    assert "model cannot be written" in error
     error = error_of(capfd, "--output-dir", task / "train.jsonl" / "run", "--device", "cpu")
-    assert "train.jsonl/run: Not a directory" in error
+    assert "cannot be written: Not a directory" in error
     assert run(*short_run(task, tmp_path / "lost", "--steps", 1)) == 0
     (tmp_path / "lost" / "samples.jsonl").unlink()
     error = error_of(capfd, *short_run(task, tmp_path / "lost", "--steps", 2, "--resume"))
@@ -1038,13 +1048,3 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
     (r"\pi", "3.14", False), ("72057594037927937", "72057594037927936", False), ("12,34", "1234", False)])
 def test_equivalence_is_exact(a, b, equal):
     assert is_equivalent(a, b) is is_equivalent(b, a) is equal
-
-
-def test_adapters():
-    assert verify("... #### 72", "48/2 = 24\n#### 72") and not verify("#### 71", "#### 72") and not verify("no", "5")
-    assert verify(None, "5") is False and verify("5", None) is False
-    assert compute_score("gsm8k", "#### 5", "5", extra_info={}) == 1.0 and compute_score("x", "#### 5", 6) == 0.0
-    chat = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "\\boxed{3}"}], []]
-    assert reward_func(["\\boxed{3}", "4"], answer=["3", "3"], prompts=["", ""]) == [1.0, 0.0]
-    assert reward_func(chat, solution=["3", "3"]) == [1.0, 0.0]
-    assert reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None] and reward_func(["1"]) == [None]

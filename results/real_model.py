@@ -102,13 +102,9 @@ def located(model: str) -> str:
 def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
     settings = dict(job["settings"])
-    grpo = job | dict(method="GRPO", settings=SETTINGS | METHODS["GRPO"])
-    for same in study.logged(RESULTS / "real_model.jsonl", [grpo]).values():
-        if job["method"] == "adaptive" and max(same["preference/agreement"]) < 0:
-            return same | job  # alpha was 0 at every step: the run would be GRPO's, to the bit
-    variant = study.variant("adaptive", settings["alpha"]) if settings.pop("adaptive", False) else None
+    advantage = study.variant("adaptive", settings["alpha"]) if settings.pop("adaptive", False) else None
     settings |= {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
-    rows = study.train(variant, model=located(job["model"]), seed=job["seed"], reward_noise=job["noise"],
+    rows = study.train(advantage, model=located(job["model"]), seed=job["seed"], reward_noise=job["noise"],
                        device="cpu", **settings)
     curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
     evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]

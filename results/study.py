@@ -141,15 +141,15 @@ def variant(form: str | None, start: float, end: float | None = None):
     return advantage
 
 
-def train(variant=None, **settings) -> list[dict]:
-    """The rows of metrics.jsonl of a run that leaves nothing else; variant stands in for icpo_advantage."""
+def train(advantage=None, **settings) -> list[dict]:
+    """The rows of metrics.jsonl of a run that leaves nothing else; advantage stands in for icpo_advantage."""
     import icpo
     import torch
     torch.set_num_threads(1)  # two runs go at a time
     own = icpo.icpo_advantage
     with tempfile.TemporaryDirectory(dir=RUNS) as out:
         try:
-            icpo.icpo_advantage = variant or own
+            icpo.icpo_advantage = advantage or own
             quietly(icpo.train, icpo.Config(output_dir=f"{out}/run", save_every=1000, **settings))
         except KeyboardInterrupt:
             sys.exit(130)  # of a worker that is told to stop, a traceback shows nothing
@@ -161,9 +161,9 @@ def train(variant=None, **settings) -> list[dict]:
 def run(job: dict) -> dict:
     """One run: the job with its area; if it is evaluated, with its evaluations and curves too."""
     settings, task = dict(job["settings"]), task_folder(job["regime"], job["seed"])
-    own = variant(settings.pop("form", None), settings.pop("alpha"), settings.pop("alpha_end", None))
+    advantage = variant(settings.pop("form", None), settings.pop("alpha"), settings.pop("alpha_end", None))
     rows = train(
-        own, model=str(task / "model"), train_data=str(task / "train.jsonl"), device="cpu", seed=job["seed"],
+        advantage, model=str(task / "model"), train_data=str(task / "train.jsonl"), device="cpu", seed=job["seed"],
         eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=96,
         reward_noise=job["noise"], steps=STEPS, max_new_tokens=32, micro_batch=128, lr=1e-4, **settings)
     result = job | {"area": round(float(np.mean([row["reward/verified"] for row in rows[1:]])), 4)}

@@ -11,6 +11,8 @@ import math
 import os
 import random
 import re
+import shutil
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ RESULTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(RESULTS.parent)]
 
 from test_icpo import rows_of
-from verify import extract_answer, is_equivalent, reward_func, verify
+from verify import compute_score, extract_answer, is_equivalent, reward_func, verify
 
 EXTRACTED = r"""
 markers   so \boxed{42} ~ 42 ;; \boxed{\frac{1}{2}} done ~ \frac{1}{2} ;; \boxed{1} then \boxed{2} ~ 2 ;; \fbox{3} ~ 3
@@ -100,6 +102,22 @@ def test_beyond_the_bounds_the_text_is_compared():
     for long, short in [(", ".join("1" * 65), "1, 1"), ("0" * 1000 + "1", "1"), ("[" * 30 + "1" + "]" * 30, "1")]:
         assert is_equivalent(long, long) and not is_equivalent(long, short), long
     assert not is_equivalent("[" * 30 + "0.5" + "]" * 30, "[" * 30 + ".50" + "]" * 30)
+
+
+def test_adapters():
+    assert verify("... #### 72", "48/2 = 24\n#### 72") and not verify("#### 71", "#### 72") and not verify("no", "5")
+    assert verify(None, "5") is False and verify("5", None) is False
+    assert compute_score("gsm8k", "#### 5", "5", extra_info={}) == 1.0 and compute_score("x", "#### 5", 6) == 0.0
+    chat = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "\\boxed{3}"}], []]
+    assert reward_func(["\\boxed{3}", "4"], answer=["3", "3"], prompts=["", ""]) == [1.0, 0.0]
+    assert reward_func(chat, solution=["3", "3"]) == [1.0, 0.0]
+    assert reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None] and reward_func(["1"]) == [None]
+
+
+def test_verify_works_copied_alone(tmp_path):
+    shutil.copy(RESULTS.parent / "verify.py", tmp_path)
+    command = [sys.executable, "-S", "-c", "from verify import verify; print(verify('so 0.75', '3/4'), verify('7', '8'))"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "True False\n"
 
 
 def test_letters_of_multiple_choice():
