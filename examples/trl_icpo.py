@@ -1,4 +1,4 @@
-"""ICPO inside TRL's GRPOTrainer, for what icpo.py leaves out: several GPUs, LoRA, DeepSpeed, vLLM, by TRL's own flags.
+"""ICPO inside TRL's GRPOTrainer, for what icpo.py leaves out: several GPUs, DeepSpeed, vLLM, by TRL's own flags.
 
     pip install trl==1.16.0
     python examples/trl_icpo.py --model DIR_OR_HUB_NAME --data train.jsonl --output_dir runs/trl
@@ -6,7 +6,8 @@
 
 The data has a "prompt" and an "answer" in each line. --alpha and --sharpness (ICPO's beta; TRL's --beta is the
 weight of the KL) are ICPO's, all other flags GRPOConfig's. Run on a CPU, in one process and in two (accelerate
-launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM or DeepSpeed.
+launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM or DeepSpeed. ICPOTrainer
+takes what GRPOTrainer takes, such as a peft_config for LoRA (not run either).
 """
 
 import sys
