@@ -1,8 +1,7 @@
 """Tests of icpo.py and verify.py: offline, on tiny models made here. Run: python -m pytest -q
 
 Each formula is held against an oracle that shares no code with it: a number derived by hand, a plain Python loop, an
-enumeration, or transformers' own generate and forward. In the order of the files: the method, sampling and scoring,
-the update, whole runs, faults, the verifier.
+enumeration, or transformers' own generate and forward. results/test_verdicts.py has more of the verifier.
 """
 
 import contextlib
@@ -801,7 +800,7 @@ BAD = [
     ("--kl-coef -1", "--kl-coef"), ("--reward-noise 2", "from 0 to 1"), ("--temperature 0", "--temperature"),
     ("--seed -1", "--seed -1"), ("--resume", "no checkpoint in"), ("--reward nowhere:f", "No module named 'nowhere'"),
     ("--reward verify:nothing", "nothing"), ("--reward bad:f", "SyntaxError"),
-    ("--reward verify:MAX_BITS", "not a function"),
+    ("--reward verify:MAX_BITS", "not a function"), ("--model code", "code which must be executed"),
     ("--model no/such/dir", "no/such/dir"), ("--train-data absent.jsonl", "absent.jsonl: No such file"),
     ("--train-data .", "Is a directory"), ("--train-data broken.jsonl", "broken.jsonl, line 3: not JSON"),
     ("--train-data keys.jsonl", "line 2: needs a string 'prompt' and an 'answer', has ['prompt', 'reply']"),
@@ -824,6 +823,8 @@ def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch,
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(good).encode() + b"\n\xe9")
     (tmp_path / "bad.py").write_text("def f(")
     (tmp_path / "runs" / "addition" / "task").mkdir(parents=True)
+    shutil.copytree(tiny, tmp_path / "code")
+    (tmp_path / "code/config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     before = sorted(tmp_path.rglob("*"))
     flags = ["--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, "--device", "cpu", *flags.split()]
     assert message in error_of(capfd, *flags)
@@ -1016,8 +1017,7 @@ def test_truncation_is_told_once_a_run_and_noise_flips(task, tmp_path, capfd):
     for name in "ab":
         assert run(*short_run(task, tmp_path / name, "--max-new-tokens", 5, "--steps", 3, "--reward-noise", 1)) == 0
         assert capfd.readouterr().err.count("were cut at --max-new-tokens 5") == 1
-    rows = rows_of(tmp_path / "b" / "metrics.jsonl")[1:]
-    assert all(row["reward/mean"] == 1 - row["reward/verified"] for row in rows)
+    assert all(row["reward/mean"] == 1 - row["reward/verified"] for row in rows_of(tmp_path / "b/metrics.jsonl")[1:])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "no end"])
