@@ -348,7 +348,7 @@ def report(rows: list[dict]) -> None:
     print("\n\n".join(table(rows, name, METHODS) for name in MEASURES))
     print("\nseeds: " + ", ".join(f"{method} {len(by_seed(rows, method=method))}" for method in METHODS))
     noisy = [row for row in rows if row["noise"] == 0.2]
-    columns = {f"{regime}, 20 % flipped": [row for row in noisy if row["regime"] == regime]
+    columns = {f"toy {regime}, 20 % flipped": [row for row in noisy if row["regime"] == regime]
                for regime in ("98 %", "slipping")}
     log = RESULTS / "real_model.jsonl"
     real = [json.loads(line) for line in log.open()] if log.exists() else []
