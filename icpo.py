@@ -465,7 +465,7 @@ def check(config: Config):
     out = Path(config.output_dir)
     if config.resume:
         if not (out / "checkpoint/state.pt").exists():
-            raise UserError(f"--resume: no checkpoint in {out}")
+            raise UserError(f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
         free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
         for name, was in json.loads((out / "config.json").read_text()).items():
             if name not in free and was != (now := getattr(config, name, None)):

@@ -1,13 +1,13 @@
-"""ICPO inside TRL's GRPOTrainer, for what icpo.py leaves out: several GPUs, DeepSpeed, vLLM, by TRL's own flags.
+"""ICPO inside TRL's GRPOTrainer: several GPUs, DeepSpeed and vLLM by TRL's own flags.
 
     pip install trl==1.16.0
     python examples/trl_icpo.py --model DIR_OR_HUB_NAME --data train.jsonl --output_dir runs/trl
     accelerate launch --num_processes 2 examples/trl_icpo.py --model ... --data ... --output_dir ...
 
-The data has a "prompt" and an "answer" in each line. --alpha and --sharpness (ICPO's beta; TRL's --beta is the
-weight of the KL) are ICPO's, all other flags GRPOConfig's. Run on a CPU, in one process and in two (accelerate
-launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM or DeepSpeed. ICPOTrainer
-takes what GRPOTrainer takes, such as a peft_config for LoRA (not run either).
+The data has a "prompt" and an "answer" in each line. --alpha and --sharpness (ICPO's beta; TRL's --beta is
+the weight of the KL) are ICPO's, all other flags GRPOConfig's. Run on a CPU, in one process and in two
+(accelerate launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU,
+vLLM or DeepSpeed. ICPOTrainer takes what GRPOTrainer takes, such as a peft_config for LoRA (not run either).
 """
 
 import sys
@@ -34,7 +34,8 @@ class ICPOTrainer(GRPOTrainer):
         self.icpo = icpo
 
     def _calculate_rewards(self, *args):
-        per_function = super()._calculate_rewards(*args)  # (B, functions), of all processes: a group may span several
+        # (B, functions), of all processes: a group may span several
+        per_function = super()._calculate_rewards(*args)
         self.rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
         return per_function
 

@@ -4,8 +4,8 @@
     python -m verl.trainer.main_ppo algorithm.adv_estimator=icpo +algorithm.icpo.alpha=0.1 \
         reward.custom_reward_function.path=verify.py actor_rollout_ref.rollout.n=8 ...
 
-verl imports the named module in each of its processes. Run on a CPU: the registration, and verl's own compute_advantage
-on a batch of tensors. Not run: a training, for which verl needs a GPU and vLLM or SGLang.
+verl imports the named module in each of its processes. Run on a CPU: the registration, and verl's own
+compute_advantage on a batch of tensors. Not run: a training, for which verl needs a GPU and vLLM or SGLang.
 """
 
 import functools
@@ -21,7 +21,7 @@ def icpo(token_level_rewards, response_mask, index, old_log_probs, config=None, 
     """Advantages and returns (B, T), like verl's estimators. The prompt ids in index (B,) make the groups."""
     _, groups, sizes = np.unique(index, return_inverse=True, return_counts=True)
     if len(set(sizes)) > 1:
-        raise ValueError(f"icpo needs equally many responses to each prompt, not {sorted(set(sizes.tolist()))}")
+        raise ValueError(f"icpo needs equally many responses to each prompt, not {set(sizes.tolist())}")
     order = torch.as_tensor(groups, device=response_mask.device).argsort(stable=True).view(len(sizes), -1)
     rewards, confidence = token_level_rewards.sum(dim=1), sequence_log_prob(old_log_probs, response_mask)
     settings = dict(alpha=0.1, beta=10.0) | dict((config or {}).get("icpo") or {})
@@ -41,4 +41,5 @@ def with_old_log_probs(data, *args, **kwargs):
     return compute_advantage(data, *args, **kwargs)
 
 
-ray_trainer.compute_advantage = with_old_log_probs  # before the trainers import it, since verl imports this module first
+# In time: verl imports this module before its trainers import the function.
+ray_trainer.compute_advantage = with_old_log_probs

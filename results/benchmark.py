@@ -1,19 +1,19 @@
 """Seconds and memory of one training step: bare transformers, icpo.py, and TRL's GRPOTrainer, side by side.
 
-    python results/benchmark.py                          every setting, on one CPU thread: a table, and benchmark.json
+    python results/benchmark.py                          every setting: a table, and benchmark.json
     python results/benchmark.py --settings short long    some of them, the others as benchmark.json has them
 
 The contestants:
-    bare          model.generate, then forward, backward and AdamW on the same tokens: no reward, no group, no clipping
-    icpo          train() of icpo.py as it is: sampling, verifying, preference advantages, update, metrics and logs written
-    trl           GRPOTrainer as configured by default, in float32 and with as many rows a step as the others
-    trl best      the same without gradient checkpointing, and with all rows in one micro-batch
-TRL takes part if it is installed. All do the same work: the same random model, prompts, number of responses and of new
-tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take their steps in turns,
-so that a noisy machine treats them alike, but in "smollm2", where they come one after another: all of them together do
-not fit into 24 GB. The first step is not counted. The table gives the median of a step's process CPU time, for the
-others as a multiple of bare; tokens sampled per second of wall time; and the peak of memory above that of the loaded
-model. The JSON has the wall time too.
+    bare      model.generate, then forward, backward and AdamW on the same tokens: no reward, no clipping
+    icpo      train() of icpo.py as it is: sampling, verifying, advantages, update, metrics and logs written
+    trl       GRPOTrainer as configured by default, in float32 and with as many rows a step as the others
+    trl best  the same without gradient checkpointing, and with all rows in one micro-batch
+TRL takes part if it is installed. All do the same work: the same random model, prompts, number of responses
+and of new tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take
+their steps in turns, so that a noisy machine treats them alike, but in "smollm2", where they come one after
+another: all of them together do not fit into 24 GB. The first step is not counted. The table gives the median
+of a step's process CPU time, for the others as a multiple of bare; tokens sampled per second of wall time;
+and the peak of memory above that of the loaded model. The JSON has the wall time too.
 """
 
 import argparse
