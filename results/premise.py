@@ -76,7 +76,7 @@ def plan(model: str) -> list[dict]:
 
 
 def shown(row: dict, name: str) -> str:
-    """Mean over the steps with its 95 % interval; agreement of those where rewards differ in a group."""
+    """Mean over the steps with its 95% interval; agreement of those where rewards differ in a group."""
     known = [value for value, alike in zip(row[name], row["groups/uniform_frac"])
              if name != "preference/agreement" or alike < 1]
     return study.level(known) if len(known) > 1 else "unknown"

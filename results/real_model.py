@@ -39,7 +39,7 @@ METHODS = {
     "adaptive": dict(alpha=0.4, adaptive=True),
     "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
 }
-NOISES = {0.0: "clean", 0.2: "20 % flipped"}
+NOISES = {0.0: "clean", 0.2: "20% flipped"}
 CURVES = (  # what the log keeps of each step
     "reward/verified", "entropy", "preference/agreement", "confidence/overconfident_frac", "length/mean",
     "length/truncated_frac")

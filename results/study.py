@@ -29,12 +29,12 @@ WARM_STARTS = RUNS / "study"
 sys.path.insert(0, str(ROOT))
 
 REGIMES = {
-    "90 %": dict(task_teacher_error=0.9),  # overconfident: the carry in one answer of ten
-    "98 %": dict(task_teacher_error=0.98),  # overconfident: in one of a hundred
+    "90%": dict(task_teacher_error=0.9),  # overconfident: the carry in one answer of ten
+    "98%": dict(task_teacher_error=0.98),  # overconfident: in one of a hundred
     "slipping": dict(task_teacher_error=0.0, task_warmup_steps=400),  # right, but too few demonstrations
 }
 NOISES = {0.0: "clean", 0.2: "noisy", 0.35: "noisier"}  # the probability that a training reward is flipped
-CELLS = [(regime, noise) for regime in REGIMES for noise in NOISES if (regime, noise) != ("90 %", 0.35)]
+CELLS = [(regime, noise) for regime in REGIMES for noise in NOISES if (regime, noise) != ("90%", 0.35)]
 METHODS = {
     "GRPO": dict(alpha=0.0),
     "ICPO": dict(alpha=0.1),
@@ -230,13 +230,13 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 # ----------------------------------------------------------------------------------------------------- Tables
 
-# Student's t of a two-sided 95 % interval, for 1 to 23 degrees of freedom
+# Student's t of a two-sided 95% interval, for 1 to 23 degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
         2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069)
 
 
 def interval(values) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval."""
+    """Mean, and half the width of its 95% interval."""
     values = np.asarray(values, dtype=float)
     return float(values.mean()), float(T975[len(values) - 2] * values.std(ddof=1) / len(values) ** 0.5)
 
@@ -246,7 +246,7 @@ def level(values) -> str:
 
 
 def difference(values) -> str:
-    """Of differences: mean and 95 % interval, bold if it leaves out 0."""
+    """Of differences: mean and 95% interval, bold if it leaves out 0."""
     if len(values) < 2:
         return ""
     mean, half = interval(values)
@@ -296,7 +296,7 @@ STYLES = {  # the colors are Okabe and Ito's
 
 
 def band(ax, curves: np.ndarray, color: str, style: str, label: str) -> None:
-    """Mean and 95 % interval of curves (seeds, steps), themselves means of five steps."""
+    """Mean and 95% interval of curves (seeds, steps), themselves means of five steps."""
     means = np.array([np.convolve(curve, np.ones(5) / 5, mode="valid") for curve in curves])
     mean, half = map(np.array, zip(*(interval(column) for column in means.T)))
     x = np.arange(5, 5 + len(mean))
@@ -348,11 +348,11 @@ def report(rows: list[dict]) -> None:
     print("\n\n".join(table(rows, name, METHODS) for name in MEASURES))
     print("\nseeds: " + ", ".join(f"{method} {len(by_seed(rows, method=method))}" for method in METHODS))
     noisy = [row for row in rows if row["noise"] == 0.2]
-    columns = {f"toy {regime}, 20 % flipped": [row for row in noisy if row["regime"] == regime]
-               for regime in ("98 %", "slipping")}
+    columns = {f"toy {regime}, 20% flipped": [row for row in noisy if row["regime"] == regime]
+               for regime in ("98%", "slipping")}
     log = RESULTS / "real_model.jsonl"
     real = [json.loads(line) for line in log.open()] if log.exists() else []
-    for noise, title in ((0.0, "SmolLM2, clean"), (0.2, "SmolLM2, 20 % flipped")):
+    for noise, title in ((0.0, "SmolLM2, clean"), (0.2, "SmolLM2, 20% flipped")):
         if len(by_seed(real, method="ICPO", noise=noise)) > 1:
             columns[title] = [row for row in real if row["noise"] == noise]
     figure(columns, RESULTS / "curves.png")

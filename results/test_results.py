@@ -50,13 +50,13 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
 
 
 def test_an_interval_of_paired_differences_by_hand():
-    rows = [dict(regime="98 %", noise=0.2, method=method, seed=seed, area=area)
+    rows = [dict(regime="98%", noise=0.2, method=method, seed=seed, area=area)
             for method, areas in {"GRPO": [0.1, 0.3, 0.5, 0.7], "ICPO": [0.2, 0.4, 0.7, 0.7], "gated": [0.3] * 4}.items()
             for seed, area in enumerate(areas)]
     # Differences 0.1, 0.1, 0.2, 0: mean 0.1, std sqrt(0.02 / 3), and Student's t is 3.182 for 3 degrees of freedom.
     half = 3.182 * math.sqrt(0.02 / 3) / 2
     line = study.table(rows, "area", study.METHODS).splitlines()[2]
-    assert line.startswith(f"| 98 % noisy | 0.400 ± 0.411 | +0.100 ± {half:.3f} | -0.100 ±")
+    assert line.startswith(f"| 98% noisy | 0.400 ± 0.411 | +0.100 ± {half:.3f} | -0.100 ±")
     assert study.difference([0.1, 0.11, 0.12]) == "**+0.110 ± 0.025**" and study.difference([0.1]) == ""
 
 
@@ -112,14 +112,14 @@ def test_real_model_runs_what_is_missing_and_no_more(small, tiny, capsys):
     assert all(len(row["entropy"]) == len(row["eval/mean_at_k"]) == 2 for row in rows)
     # Paired: what the first step samples is the same for every method
     assert len({row["entropy"][0] for row in rows if row["seed"] == 0}) == 1
-    assert "| clean | GRPO (2 seeds) | ICPO (2 seeds) |" in shown and "| 20 % flipped | GRPO" in shown
+    assert "| clean | GRPO (2 seeds) | ICPO (2 seeds) |" in shown and "| 20% flipped | GRPO" in shown
     assert (small / "real_model.png").exists() == bool(importlib.util.find_spec("matplotlib"))
 
 
 def test_study_runs_what_is_missing_and_no_more(small, monkeypatch, capsys):
     methods = {method: study.METHODS[method] for method in ("GRPO", "gated")}
-    for name, value in dict(RESULTS=small, WARM_STARTS=small / "study", REGIMES={"98 %": dict(task_warmup_steps=2)},
-                            CELLS=[("98 %", 0.2)], METHODS=methods, SEEDS=range(2), STEPS=2).items():
+    for name, value in dict(RESULTS=small, WARM_STARTS=small / "study", REGIMES={"98%": dict(task_warmup_steps=2)},
+                            CELLS=[("98%", 0.2)], METHODS=methods, SEEDS=range(2), STEPS=2).items():
         monkeypatch.setattr(study, name, value)
     shown, rows = twice(study.main, ["--run"], small / "study.jsonl", capsys)
     assert [(row["seed"], row["method"]) for row in rows] == [(0, "GRPO"), (0, "gated"), (1, "GRPO"), (1, "gated")]
