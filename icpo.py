@@ -69,7 +69,7 @@ def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
 
         l_i = (1 / L_i) * sum over t of log pi_old(o_i,t | q, o_i,<t)
 
-    log_probs (B, T); mask (B, T), any dtype, nonzero on response tokens -> (B,) float32, in nats per token.
+    log_probs (B, T); mask (B, T) of any dtype, 1 on the response -> (B,) float32, nats a token; 0 if none.
     """
     mask = mask.bool()
     return torch.where(mask, log_probs.float(), 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -140,7 +140,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     """
     mask = mask.bool()
     if aggregation == "token":
-        token_weights = mask / (normalizer or mask.sum())
+        token_weights = mask / (normalizer or mask.sum().clamp(min=1))
     elif aggregation == "sequence":
         token_weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / (normalizer or len(mask))
     else:
@@ -317,7 +317,7 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
     if ref_model is not None:
         with torch.no_grad():
             ref_log_probs = [token_log_probs(ref_model, batch, config.temperature) for _, batch in batches]
-    for layer in policy.modules():  # only layers in training mode are checkpointed; dropout within stays off
+    for layer in policy.modules():  # only layers in training mode are checkpointed
         layer.training = getattr(layer, "gradient_checkpointing", False)
     skipped = 0
     for epoch in range(config.inner_epochs):
@@ -682,14 +682,13 @@ def train(config: Config) -> dict:
 
     if config.resume:
         state = torch.load(out / "checkpoint/state.pt", map_location=config.device, weights_only=True)
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
+        policy.load_state_dict(state.pop("policy"))
+        optimizer.load_state_dict(state.pop("optimizer"))
         step, before, after = state["step"], state["before"], state["after"]
         for log, size in zip(logs, state["log_sizes"]):
             os.truncate(log, size)  # the steps after the checkpoint will be taken, and logged, again
     else:
-        step, before = 0, evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
-        after = before
+        step, (before, after) = 0, [evaluate(policy, tokenizer, eos_ids, held_out, reward, config)] * 2
         append(metrics_log, [{"step": 0} | before[0]])
         append(samples_log, [])  # makes the file, whose size the checkpoint notes
         save()
@@ -718,6 +717,7 @@ def train(config: Config) -> dict:
     if step < config.steps:
         raise KeyboardInterrupt
 
+    policy.generation_config.do_sample = True  # without it, transformers refuses to save a temperature
     with writing(out / "model"):
         policy.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")

@@ -197,6 +197,12 @@ def test_clip_table(A, ratio, slope):
     assert stats["clipped"] == (slope == 0)
 
 
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_a_batch_without_response_tokens_has_no_loss(aggregation):
+    nothing = torch.zeros(2, 3)
+    assert policy_loss(nothing, nothing, torch.ones(2), nothing, aggregation=aggregation)[0] == 0
+
+
 def random_loss_inputs(B=5, T=7):
     generator = torch.Generator().manual_seed(3)
     mask = torch.arange(T) < torch.tensor([7, 1, 3, 2, 5])[:, None]
@@ -661,6 +667,7 @@ def tiny(tmp_path_factory):
     Qwen2ForCausalLM(Qwen2Config(**SHAPE | dict(vocab_size=258, num_hidden_layers=1, max_position_embeddings=256,
                                                 eos_token_id=257))).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0.9}')  # invalid when saved as it is
     return folder
 
 
@@ -871,6 +878,7 @@ def test_a_model_that_samples_otherwise_than_it_scores_is_refused(tiny, tmp_path
     if config is None:
         monkeypatch.setattr(Qwen2ForCausalLM, "forward", wrong_with_a_cache)
     model = AutoModelForCausalLM.from_config(config) if config else AutoModelForCausalLM.from_pretrained(tiny)
+    model.generation_config = transformers.GenerationConfig()
     scaled(lambda: model).save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1" * n, "answer": "1"} for n in range(1, 9)])
     (tmp_path / "length.py").write_text("def reward(response, reference):\n    return len(response) % 2\n")

@@ -5,9 +5,10 @@
     accelerate launch --num_processes 2 examples/trl_icpo.py --model ... --data ... --output_dir ...
 
 The data has a "prompt" and an "answer" in each line. --alpha and --sharpness (ICPO's beta; TRL's --beta is
-the weight of the KL) are ICPO's, all other flags GRPOConfig's. Run on a CPU, in one process and in two
-(accelerate launch --multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU,
-vLLM or DeepSpeed. ICPOTrainer takes what GRPOTrainer takes, such as a peft_config for LoRA (not run either).
+the weight of the KL) are ICPO's, all other flags GRPOConfig's; but with --mask_truncated_completions a
+masked response would count as certain. Run on a CPU, in one process and in two (accelerate launch
+--multi_gpu, script --use_cpu), with and without TRL's old log-probs. Not run with a GPU, vLLM or DeepSpeed.
+ICPOTrainer takes what GRPOTrainer takes, such as a peft_config for LoRA (not run either).
 """
 
 import sys
