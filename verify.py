@@ -395,6 +395,9 @@ class Expression:
 # ------------------------------------------------------------------------------------------------ Verdicts
 
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
+CHOICE = re.compile(r"""  # but "(A) or (B)" is no choice
+    \(?([A-Ja-j])(?:\)\.?|[.:](?=\ |$)|$)
+    (?!\ ?(?:[,/&]|or\b|and\b)?\ ?(?:(?:or|and)\ )?(?:\([A-Ja-j]\)|[A-J][).:]))""", re.VERBOSE)
 NO_NOUNS = """one two three four five six seven eight nine ten twelve twenty thirty forty fifty sixty hundred
     thousand million billion trillion lakh crore pair couple dozen score gross half halve third quarter fourth
     fifth sixth seventh eighth ninth tenth hundredth thousandth about approximately around above below over
@@ -423,7 +426,7 @@ def is_equivalent(answer: str, reference: str | int | float) -> bool:
         return answer.casefold().split() == reference.casefold().split()
     answer, reference = normalize(answer), normalize(reference)
     if letter := LETTER.fullmatch(reference):
-        chosen = re.match(r"\(?([A-Ja-j])(?:\)\.?|[.:](?= |$)|$)", answer)
+        chosen = CHOICE.match(answer)
         return bool(chosen) and chosen[1].upper() == letter[1].upper()
     expected, counted = parse(reference), COUNTED.fullmatch(answer)
     if counted and isinstance(expected, Number) and not expected.unit:

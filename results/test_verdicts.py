@@ -121,9 +121,11 @@ def test_verify_works_copied_alone(tmp_path):
 
 
 def test_letters_of_multiple_choice():
-    for answer in ("B", "(B)", "B.", "b", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}"):
+    for answer in ("B", "(B)", "B.", "b", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}",
+                   "B) as (A) is odd", "B. Both of A. and C."):
         assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
-    for answer in ("C", "BAD", "A or B", "12", "Because", "B and C", "AB", "not B", ""):
+    for answer in ("C", "BAD", "A or B", "12", "Because", "B and C", "AB", "not B", "",
+                   "(B) or (A)", "(B), (A)", "(B), or (A)", "B) or A)", "(B) (A) (C)", "B. A. C. D."):
         assert not is_equivalent(answer, "B"), answer
 
 
