@@ -42,7 +42,7 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
 HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC})[^\S\n]*(?=[\n<]|\Z)")
 OPTION = re.compile(r"(?:\A|\b[Cc]orrect (?:option|choice) is)[\s*:]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z")
-PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*", re.IGNORECASE)
+PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*+(?:\s*+(?:\\\[|\$\$)\s*\n)?", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
 
@@ -80,7 +80,7 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
     *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
     if phrase:
         line = text[phrase.end():].lstrip().split("\n", 1)[0]
-        return PHRASE_END.split(line, maxsplit=1)[0].strip(" *") or None
+        return PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *") or None  # bold
     end = max(0, len(text) - 200)  # mostly the end suffices, from a space on, since no number holds one
     numbers = NUMBER.findall(text, text.rfind(" ", 0, end) + 1) or NUMBER.findall(text)
     return numbers[-1] if numbers else None

@@ -40,6 +40,7 @@ markers   </think> a \boxed{1} </think> \boxed{2} ~ 2
 phrases   The answer is 12. Bye ~ 12 ;; Answer: x ~ x ;; The final answer is: **3.5**. ~ 3.5 ;; Answer:⏎⏎42⏎bye ~ 42
 phrases   **Answer:** (B) ~ (B) ;; the answer is 1 or 2 ~ 1 or 2 ;; the answer is 7, the answer is 8. ~ 8
 phrases   The answer is 12 because 3 * 4 = 12. ~ 12 ;; The answer is **12**, since 3 * 4 is ~ 12
+phrases   The answer is:⏎\[⏎18⏎\] ~ 18 ;; Answer:⏎⏎$$⏎x + 1⏎$$ ~ x + 1 ;; The answer is **18** dollars. ~ 18 dollars
 phrases   The answer is A as 7 is prime ~ A ;; the answer is 4 so that 5 is not ~ 4
 phrases   the answer is 5 as well as 6 ~ 5 as well ;; the answer is basic ~ basic ;; the answer is 4 so what ~ 4 so what
 phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; 10-7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
