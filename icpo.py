@@ -49,6 +49,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -382,6 +383,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
 
 TASK_DEFAULTS = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
+WARNED = set()  # the topics that warn_once has shown in this run
 
 
 @dataclass
@@ -454,6 +456,7 @@ def check(config: Config):
         ("lr temperature beta max_grad_norm", "above 0", lambda x: 0 < x < math.inf),
         ("clip_high kl_coef eval_samples warmup_steps task_warmup_steps", "at least 0", lambda x: x >= 0),
         ("reward_noise clip_low task_teacher_error", "from 0 to 1", lambda x: 0 <= x <= 1),
+        ("device", "cpu: torch sees no CUDA GPU", lambda x: x == "cpu" or torch.cuda.is_available()),
         ("seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
         ("alpha", "from 0 to below 1/2, or preference could overrule the verifier", lambda x: 0 <= x < 0.5),
     ]:
@@ -472,9 +475,6 @@ def check(config: Config):
                 raise UserError(f"--resume: the run has another --{name.replace('_', '-')}: {was}, not {now}")
     elif (config.model or str(out) != TASK_DEFAULTS["output_dir"]) and (out.is_file() or any(out.glob("*"))):
         raise UserError(f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
-
-
-WARNED = set()
 
 
 def warn_once(topic, message: str):
@@ -564,7 +564,6 @@ def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Ex
 
 def rollout_metrics(rollout: Rollout, verified, rewards, confidence, advantages, beta: float) -> dict:
     """Metrics of one rollout, from tensors (P, G); the mean of nothing is None."""
-
     def mean(x):
         return x.float().mean().item() if x.numel() else None
 
@@ -786,7 +785,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
+    except (UserError, OSError, TemplateError) as error:  # of a chat template: "System role not supported"
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate memory|MemoryError", repr(error)):

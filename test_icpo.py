@@ -816,7 +816,8 @@ BAD = [
     ("--train-data empty.jsonl", "no usable row"), ("--train-data latin.jsonl", "utf-8"),
     ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
     ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
-    pytest.param("--device cuda", "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
+    ("--model gemma --system-prompt x", "System role not supported"),
+    pytest.param("--device cuda", "must be cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
 
 
 @pytest.mark.parametrize("flags, message", BAD)
@@ -832,6 +833,9 @@ def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch,
     (tmp_path / "runs" / "addition" / "task").mkdir(parents=True)
     shutil.copytree(tiny, tmp_path / "code")
     (tmp_path / "code/config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
+    shutil.copytree(tiny, tmp_path / "gemma")
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (tmp_path / "gemma/chat_template.jinja").write_text(refusal)
     before = sorted(tmp_path.rglob("*"))
     flags = ["--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, "--device", "cpu", *flags.split()]
     assert message in error_of(capfd, *flags)
