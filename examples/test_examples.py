@@ -42,8 +42,9 @@ def test_blocks_of_the_readme(block):
 
 
 def test_openrlhf_reward():
-    given = openrlhf_reward.reward_func(["1+1= 2", "1+1= 3"], ["1+1="] * 2, ["2"] * 2)
-    assert given["rewards"].tolist() == given["scores"].tolist() == [1, 0]
+    given = openrlhf_reward.reward_func(
+        ["1+1= 2", "1+1= 3", "1+1= The answer is 2<|im_end|>\n"], ["1+1="] * 3, ["2"] * 3)
+    assert given["rewards"].tolist() == given["scores"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("alpha, iterations", [(0.0, 1), (0.1, 1), (0.4, 2)])
