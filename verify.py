@@ -2,11 +2,12 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
-Extraction. Text before the last </think> does not count. Of a \boxed{} or \fbox{}, an <answer></answer> pair
-and a numeric line "#### 18", the one that starts last decides; if it is empty or not closed there is no
-answer, and nothing falls back to an earlier one. Without such a marker, and unless strict, the first of: if
-the reference is a letter, one that is the response or ends it as in "the correct option is (B)"; what follows
-the last "answer is" or "answer:", up to a full stop, because, since, as or so that; the last number.
+Extraction. Text up to the last </think>, or from a later <think> on, does not count. Of a \boxed{} or
+\fbox{}, an <answer></answer> pair and a numeric line "#### 18", the one that starts last decides; if it is
+empty or not closed there is no answer, and nothing falls back to an earlier one. Without such a marker, and
+unless strict, the first of: if the reference is a letter, one that is the response or ends it as in "the
+correct option is (B)"; what follows the last "answer is" or "answer:", up to the end of the sentence,
+because, since, as or so that; the only letter marked as in "B) 12", if it comes first; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
@@ -14,12 +15,13 @@ Equivalence looks at the whole answer and is exact: rationals of any size, no fl
     expressions  + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}, 2(3) = 6
     percent      50% = 0.5 by value, and the sign may be missing: 50% = 50 [convention]
     units        $ EUR cm kg hours ... may be missing on one side; 5 cm is not 5 m, nor 0.05 m [convention]
-    nouns        12 apples is 12 if 12 is the reference; 12 is not 12 apples, 12 dozen is not 12 [convention]
-    names        x = 5 is 5, but not y = 5; likewise f(2) = 9 and x \in [0, 1]
+    nouns        12 apples is 12 if 12 is the reference, and so is $12 per day; 12 is not 12 apples, and
+                 12 dozen is not 12 [convention]
+    names        x = 5 is 5, but not y = 5; likewise f(2) = 9, (x, y) = (1, 2) and x \in [0, 1]
     chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 is not 15, and x = y = 5 is not 5
     tuples       (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
     sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2" = "1 and 2", never one of its elements; 2 \pm 1 = {1, 3}
-    letters      if the reference is a letter A to J: B = (B) = B. = "B) because ..." [convention]
+    letters      if the reference is a letter A to J: B = (B) = B. = Option B = "B) because ..." [convention]
     text         all else, matrices and algebra too: equal but for case, spaces, $...$, \text{} and the like
 Where no convention [convention] is involved, is_equivalent(a, b) == is_equivalent(b, a).
 
@@ -42,9 +44,12 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
 HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC})[^\S\n]*(?=[\n<]|\Z)")
 OPTION = re.compile(r"(?:\A|\b[Cc]orrect (?:option|choice) is)[\s*:]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z")
+LETTERED = re.compile(r"(?<![\w'])(?:\([A-Ja-j]\)|[A-J][).:])(?=[\s*]|\Z)")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*+(?:\s*+(?:\\\[|\$\$)\s*\n)?", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
-NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−])?(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?")
+NUMBER = re.compile(r"""(?:(?<![0-9A-Za-z)])[-−](?:\\?\$)?)?
+    (?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|
+    (?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?)""", re.VERBOSE)
 
 
 def marked(text: str) -> str | None:
@@ -71,7 +76,7 @@ def marked(text: str) -> str | None:
 def extract_answer(response: str, strict: bool = False, letter: bool = False) -> str | None:
     """The final answer of a response, as written, or None. strict: only from an explicit marker, best for
     training; letter: it may be the letter of an option."""
-    text = response.rsplit("</think>", 1)[-1]
+    text = response.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     answer = marked(text)
     if answer is not None or strict:
         return answer or None
@@ -81,6 +86,9 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
     if phrase:
         line = text[phrase.end():].lstrip().split("\n", 1)[0]
         return PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *") or None  # bold
+    options = LETTERED.findall(text) if letter else []
+    if len(options) == 1 and text.lstrip("* \n").startswith(options[0]):
+        return options[0]
     end = max(0, len(text) - 200)  # mostly the end suffices, from a space on, since no number holds one
     numbers = NUMBER.findall(text, text.rfind(" ", 0, end) + 1) or NUMBER.findall(text)
     return numbers[-1] if numbers else None
@@ -110,7 +118,7 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (WRAPPER, r" \1 "),  # a wrapper in a wrapper
     (r"\\frac ?([0-9]) ?([0-9])(?!\.?[0-9])", r"\\frac{\1}{\2}"),
     (r"\{,\}", ","),  # 1{,}000
-    (r"\\!", ""),  # 12\!500: a space of negative width
+    (r"\\! ?", ""),  # 12,\! 500: a space of negative width
     (r"(?<![0-9.,])[0-9]{1,3}(?:\\,[0-9]{3})+(?![0-9/]|\\,[0-9])", lambda match: match[0].replace("\\,", "")),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),  # \\ is no space: it ends a row
     (r"\+ ?(?=\\infty)", ""),
@@ -173,7 +181,8 @@ MEASURE = re.compile(r"""(?P<number> .*?[0-9)}.\ ]) (?:(?P<power> square|cubic|s
 GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])")
 VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[a-z]+)(?:_\{?[A-Za-z0-9]+\}?)?"  # a value is no name
 ARGUMENT = r"\((?:[A-Za-z]|(?:\\frac|\\sqrt|\\pi|[-+*/^0-9.,{} ])+)\)"
-NAME = re.compile(rf"({VARIABLE}(?:{ARGUMENT})?) ?(?:=|\\in(?![a-z])) ?(?=[^ =])")
+NAMES = rf"{VARIABLE}(?:{ARGUMENT})?|[A-Z]{{2}}|\((?:[a-z], ?)+[a-z]\)"  # x, f(2), AB, (x, y)
+NAME = re.compile(rf"({NAMES}) ?(?:=|\\in(?![a-z])) ?(?=[^ =])")
 BRACKET = r"(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}])"
 CUP, PLUS_MINUS = re.compile(rf"{BRACKET}|\\cup(?![a-z])"), re.compile(rf"{BRACKET}|\\pm(?![a-z])")
 COMMA = re.compile(rf"{BRACKET}|,(?: and | or )?| (?:and|or) ")
@@ -396,17 +405,19 @@ class Expression:
 
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 CHOICE = re.compile(r"""  # but "(A) or (B)" is no choice
-    \(?([A-Ja-j])(?:\)\.?|[.:](?=\ |$)|$)
+    (?:(?:[Oo]ption|[Cc]hoice)\ )?\(?([A-Ja-j])(?:\)\.?|[.:](?=\ |$)|$)
     (?!\ ?(?:[,/&]|or\b|and\b)?\ ?(?:(?:or|and)\ )?(?:\([A-Ja-j]\)|[A-J][).:]))""", re.VERBOSE)
-NO_NOUNS = """one two three four five six seven eight nine ten twelve twenty thirty forty fifty sixty hundred
-    thousand million billion trillion lakh crore pair couple dozen score gross half halve third quarter fourth
-    fifth sixth seventh eighth ninth tenth hundredth thousandth about approximately around above below over
-    under and but nor not than till until per percent percentage fewer less least more most maximum minimum
-    almost nearly roughly maybe perhaps possibly probably false wrong negative plus minus time divided mod
-    root power square cubed squared factorial repeating recurring remainder base binary hexadecimal bce theta
-    sin cos log sqrt tan""".split()
-COUNTED = re.compile(rf"""([-+]?[0-9.,/ ]* (?:\\frac\ ?\{{[0-9]+\}}\ ?\{{[0-9]+\}})?)
-    \ (?!(?:{"|".join(NO_NOUNS)})s?$)[a-z]{{3,}}""", re.VERBOSE | re.IGNORECASE)  # not 5 xy, 5 pm
+NO_NOUNS = """one two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty
+    fifty sixty seventy eighty ninety hundred thousand million billion trillion lakh crore pair couple dozen
+    score gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth
+    thousandth about approximately around above below over under and but nor not than till until per percent
+    percentage fewer less least more most maximum minimum almost nearly roughly maybe perhaps possibly
+    probably false wrong doubled invalid incorrect negative plus minus time divided mod root power square
+    cubed squared factorial repeating recurring remainder base binary hexadecimal bce theta sin cos log sqrt
+    tan""".split()
+NOUN = rf"(?!(?:{'|'.join(NO_NOUNS)})s?\b)[a-z]{{3,}}"  # not 5 xy, 5 pm
+COUNTED = re.compile(rf"""([-+]?(?:\\?\$)?[0-9.,/ ]* (?:\\frac\ ?\{{[0-9]+\}}\ ?\{{[0-9]+\}})?)
+    (?:\ {NOUN})? (?:\ per\ {NOUN})?""", re.VERBOSE | re.IGNORECASE)
 
 
 def readable(reference) -> str:

@@ -110,7 +110,7 @@ def quietly(function, *args):
 
 
 def task_folder(regime: str, seed: int) -> Path:
-    return WARM_STARTS / f"{regime.replace(' %', '')}-{seed}"
+    return WARM_STARTS / f"{regime}-{seed}"
 
 
 def warm_start(job: tuple[str, int]) -> None:

@@ -45,7 +45,8 @@ phrases   The answer is A as 7 is prime ~ A ;; the answer is 4 so that 5 is not 
 phrases   the answer is 5 as well as 6 ~ 5 as well ;; the answer is basic ~ basic ;; the answer is 4 so what ~ 4 so what
 phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; 10-7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
 phrases   it is 3, and 4, ok ~ 4
-nothing   <think>\boxed{1}</think> no ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
+numbers   so \frac{1}{2}. ~ \frac{1}{2} ;; a debt of -$5. ~ -$5 ;; it is 5. <think> Or 6? ~ 5
+nothing   <think> \boxed{5}, or ~ None ;; <think>\boxed{1}</think> no ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
 nothing   \boxed 7.5 ~ None ;; \boxed 7/8 ~ None ;; \boxed 7, 8 ~ None ;; \boxed -7 ~ None ;; \boxedx 5 ~ None
 nothing   \boxed{1} \boxed{} ~ None ;; \boxed{1} \boxed{2 ~ None ;; #### 4⏎<answer>5 ~ None
 nothing   \boxed{3} <answer></answer> ~ None ;; the answer is 4 \boxed{ ~ None
@@ -85,12 +86,14 @@ def test_any_two_answers_of_a_category(category):
 
 
 def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
-    for answer in ("12 apples", "12 \\text{ apples}", "12.0 Apples.", "24/2 cups", "**12 men**", "\\frac{24}{2} cups"):
+    for answer in ("12 apples", "12 \\text{ apples}", "12.0 Apples.", "24/2 cups", "**12 men**", "\\frac{24}{2} cups",
+                   "12 dollars per day", "\\$12 per box", "12 miles per hour"):
         assert is_equivalent(answer, "12") and not is_equivalent("12", answer), answer
         assert not is_equivalent(answer, "$12") and not is_equivalent(answer, "13"), answer
     others = ("3 dozen; 3 millions; 3 thousandths; 3 quarters; 3 halves; 3 squared; 3 more; 3 times; 3 less; 3 over; "
               "3 percentage; 3 repeating; 3 five; 3 binary; 3 sin; 3√; 3 of 5 apples; 3 apples and 5; 3 5 apples; "
-              "1 + 2 apples; 3, 5 apples; 3 or 5 apples; not 3 apples; -3 apples; 3 xy; 3 pm; 3 x; 3apples")
+              "1 + 2 apples; 3, 5 apples; 3 or 5 apples; not 3 apples; -3 apples; 3 xy; 3 pm; 3 x; 3apples; 3 dozen per day; "
+              "3 per dozen; 3 twelfths; $3 million; 3 million per year")
     for answer in others.split("; "):
         assert not is_equivalent(answer, "3") and not is_equivalent("3", answer), answer
     assert is_equivalent("12 percent", "0.12") and not is_equivalent("12 apples", "12 oranges")
@@ -122,7 +125,7 @@ def test_verify_works_copied_alone(tmp_path):
 
 
 def test_letters_of_multiple_choice():
-    for answer in ("B", "(B)", "B.", "b", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}",
+    for answer in ("B", "(B)", "B.", "b", "Option B", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}",
                    "B) as (A) is odd", "B. Both of A. and C."):
         assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
     for answer in ("C", "BAD", "A or B", "12", "Because", "B and C", "AB", "not B", "",
@@ -131,11 +134,12 @@ def test_letters_of_multiple_choice():
 
 
 def test_response_that_ends_on_the_letter_of_an_option():
-    for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**"):
+    for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**",
+                     "B) 12", "**B. 12**", "The answer is option B."):
         assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
     for response in ("A B", "BB", "the correct option is b", "incorrect option is (B)", "the correct option is (B)?",
                      "the correct option is (B) or (C)", "The correct option is (B). The answer is (C)",
-                     "\\boxed{C} The correct option is (B)"):
+                     "\\boxed{C} The correct option is (B)", "B) 12 C) 13", "B or C: both"):
         assert not verify(response, "B"), response
     assert verify("x = 12, so the correct option is (B)", "12")
 
