@@ -18,12 +18,12 @@ reading or choice, such as which response of a pair is preferred, or the values 
 have the full text: what is marked [O] may differ from it, and no number here comes from the paper.
 
 Glossary. P prompts, G responses each, B = P * G prompt-major rows, T response positions, V vocabulary size:
-  o_i         rollout.ids      (B, S)  prompt, response, padding
+  o_i         rollout.ids      (B, S)  prompt, response, padding: S positions in all
   L_i         rollout.lengths  (B,)    tokens of the response, its end-of-sequence token included
   l_i         confidence       (P, G)  from the log-probs that the sampler recorded, without another pass
   s_i         preference       (P, G)  in (-1, 1)
   R_i, A_i    rewards, advantages (P, G)
-  log pi_old  old_log_probs    (B, T)  from the update's first forward pass, before any optimizer step
+  log pi_old  old_log_probs    (B, T)  in the ratio: from the update's first forward pass, before any step
   log pi      log_probs        (B, T)  from the update's current forward pass
   alpha, beta                          weight of s, sharpness of the comparison
 """
@@ -304,7 +304,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 # ------------------------------------------------------------------------------------------ One training step
 
 def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Config", ref_model=None) -> dict:
-    """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
+    """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns metrics, of the last one.
 
     Micro-batches only bound memory: the normalizer is the whole batch's. Rows whose advantage is exactly 0
     count in it, but are computed only if the KL needs them. A non-finite loss or gradient makes no step.

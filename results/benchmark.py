@@ -5,11 +5,11 @@
 
 The contestants:
     bare      model.generate, then forward, backward and AdamW on the same tokens: no reward, no clipping
-    icpo      train() of icpo.py as it is: sampling, verifying, advantages, update, metrics and logs written
+    icpo      train() of icpo.py as it is: sampling, a trivial reward, advantages, update, metrics and logs
     trl       GRPOTrainer as configured by default, in float32 and with as many rows a step as the others
     trl best  the same without gradient checkpointing, and with all rows in one micro-batch
-TRL takes part if it is installed. All do the same work: the same random model, prompts, number of responses
-and of new tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take
+TRL takes part if it is installed. All do the same work: the same random model, like prompts, as many responses
+and new tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take
 their steps in turns, so that a noisy machine treats them alike, but in "smollm2", where they come one after
 another: all of them together do not fit into 24 GB. The first step is not counted. The table gives the median
 of a step's process CPU time, for the others as a multiple of bare; tokens sampled per second of wall time;
@@ -127,9 +127,10 @@ def icpo(folder: str, steps: int, setting: dict, clock: Clock) -> None:
     import icpo as project
     sample = project.sample
 
-    def timed_sample(model, *args, **kwargs):
-        clock.tick(model)
-        rollout = sample(model, *args, **kwargs)
+    def timed_sample(model, prompts, group_size, *args):
+        if group_size == setting["G"]:  # not the trial when the model is loaded
+            clock.tick(model)
+        rollout = sample(model, prompts, group_size, *args)
         clock.tokens = int(rollout.lengths.sum())
         return rollout
 
