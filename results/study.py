@@ -2,7 +2,7 @@
 
     python results/study.py            print the tables of the log, draw curves.png
     python results/study.py --run      the same, after running what the log lacks
-    python results/study.py --rerun    the same from nothing: two hours on two cores
+    python results/study.py --rerun    the same from nothing: two to five hours on two cores
     python results/study.py --tune     the search for the default, on seeds that the tables do not use
 
 Runs are paired by seed: the same warm start, the same prompts in the same order, the same random numbers for
