@@ -304,7 +304,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 # ------------------------------------------------------------------------------------------ One training step
 
 def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Config", ref_model=None) -> dict:
-    """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns metrics, of the last one.
+    """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
     Micro-batches only bound memory: the normalizer is the whole batch's. Rows whose advantage is exactly 0
     count in it, but are computed only if the KL needs them. A non-finite loss or gradient makes no step.
@@ -383,7 +383,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
 
 TASK_DEFAULTS = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
-WARNED = set()  # the topics that warn_once has shown in this run
+WARNED = set()
 
 
 @dataclass

@@ -834,8 +834,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch,
     shutil.copytree(tiny, tmp_path / "code")
     (tmp_path / "code/config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     shutil.copytree(tiny, tmp_path / "gemma")
-    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    (tmp_path / "gemma/chat_template.jinja").write_text(refusal)
+    (tmp_path / "gemma/chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
     before = sorted(tmp_path.rglob("*"))
     flags = ["--model", tiny, "--train-data", "good.jsonl", "--max-new-tokens", 8, "--device", "cpu", *flags.split()]
     assert message in error_of(capfd, *flags)

@@ -7,7 +7,7 @@ Extraction. Text up to the last </think>, or from a later <think> on, does not c
 empty or not closed there is no answer, and nothing falls back to an earlier one. Without such a marker, and
 unless strict, the first of: if the reference is a letter, one that is the response or ends it as in "the
 correct option is (B)"; what follows the last "answer is" or "answer:", up to the end of the sentence,
-because, since, as or so that; the only letter marked as in "B) 12", if it comes first; the last number.
+because, since, as or so that; for a letter, a response like "B) 12", if it marks no other; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
@@ -15,8 +15,7 @@ Equivalence looks at the whole answer and is exact: rationals of any size, no fl
     expressions  + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}, 2(3) = 6
     percent      50% = 0.5 by value, and the sign may be missing: 50% = 50 [convention]
     units        $ EUR cm kg hours ... may be missing on one side; 5 cm is not 5 m, nor 0.05 m [convention]
-    nouns        12 apples is 12 if 12 is the reference, and so is $12 per day; 12 is not 12 apples, and
-                 12 dozen is not 12 [convention]
+    nouns        12 apples or $12 per day is 12 if 12 is the reference; 12 dozen is not [convention]
     names        x = 5 is 5, but not y = 5; likewise f(2) = 9, (x, y) = (1, 2) and x \in [0, 1]
     chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 is not 15, and x = y = 5 is not 5
     tuples       (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
@@ -47,9 +46,8 @@ OPTION = re.compile(r"(?:\A|\b[Cc]orrect (?:option|choice) is)[\s*:]*(\([A-Ja-j]
 LETTERED = re.compile(r"(?<![\w'])(?:\([A-Ja-j]\)|[A-J][).:])(?=[\s*]|\Z)")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*+(?:\s*+(?:\\\[|\$\$)\s*\n)?", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
-NUMBER = re.compile(r"""(?:(?<![0-9A-Za-z)])[-−](?:\\?\$)?)?
-    (?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|
-    (?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?)""", re.VERBOSE)
+NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−](?:\\?\$)?)?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
+                    r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?%?)")
 
 
 def marked(text: str) -> str | None:
@@ -85,10 +83,9 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
     *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
     if phrase:
         line = text[phrase.end():].lstrip().split("\n", 1)[0]
-        return PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *") or None  # bold
-    options = LETTERED.findall(text) if letter else []
-    if len(options) == 1 and text.lstrip("* \n").startswith(options[0]):
-        return options[0]
+        return PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *") or None  # **18** dollars
+    if letter:  # no number is a letter; is_equivalent judges "B) 12" by its beginning
+        return text.strip("* \n") if len(LETTERED.findall(text)) < 2 else None
     end = max(0, len(text) - 200)  # mostly the end suffices, from a space on, since no number holds one
     numbers = NUMBER.findall(text, text.rfind(" ", 0, end) + 1) or NUMBER.findall(text)
     return numbers[-1] if numbers else None

@@ -8,8 +8,8 @@ The contestants:
     icpo      train() of icpo.py as it is: sampling, a trivial reward, advantages, update, metrics and logs
     trl       GRPOTrainer as configured by default, in float32 and with as many rows a step as the others
     trl best  the same without gradient checkpointing, and with all rows in one micro-batch
-TRL takes part if it is installed. All do the same work: the same random model, like prompts, as many responses
-and new tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take
+TRL takes part if it is installed. All do the same work: the same random model, similar prompts, as many
+responses and new tokens, no early end but in the setting "ends". Each contestant is a process of its own; they take
 their steps in turns, so that a noisy machine treats them alike, but in "smollm2", where they come one after
 another: all of them together do not fit into 24 GB. The first step is not counted. The table gives the median
 of a step's process CPU time, for the others as a multiple of bare; tokens sampled per second of wall time;

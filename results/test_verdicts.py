@@ -135,7 +135,7 @@ def test_letters_of_multiple_choice():
 
 def test_response_that_ends_on_the_letter_of_an_option():
     for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**",
-                     "B) 12", "**B. 12**", "The answer is option B."):
+                     "B) 12", "**B. 12**", "Option B", "The answer is option B."):
         assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
     for response in ("A B", "BB", "the correct option is b", "incorrect option is (B)", "the correct option is (B)?",
                      "the correct option is (B) or (C)", "The correct option is (B). The answer is (C)",
