@@ -5,9 +5,9 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
 Extraction. Text up to the last </think>, or from a later <think> on, does not count. Of a \boxed{} or
 \fbox{}, an <answer></answer> pair and a numeric line "#### 18", the one that starts last decides; if it is
 empty or not closed there is no answer, and nothing falls back to an earlier one. Without such a marker, and
-unless strict, the first of: if the reference is a letter, one that is the response or ends it as in "the
-correct option is (B)"; what follows the last "answer is" or "answer:", up to the end of the sentence,
-because, since, as or so that; for a letter, a response like "B) 12", if it marks no other; the last number.
+unless strict, the first of: what follows the last "answer is" or "answer:" (for a letter, "correct option
+is" too), up to the end of the sentence, because, since, as or so that; for a letter, a response like "B" or
+"B) 12", if it marks no other; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
@@ -42,7 +42,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z]
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
 HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC})[^\S\n]*(?=[\n<]|\Z)")
-OPTION = re.compile(r"(?:\A|\b[Cc]orrect (?:option|choice) is)[\s*:]*(\([A-Ja-j]\)|[A-J]|\A[a-j])[\s*).]*\Z")
+OPTION = re.compile(r"\bcorrect (?:option|choice) is", re.IGNORECASE)
 LETTERED = re.compile(r"(?<![\w'])(?:\([A-Ja-j]\)|[A-J][).:])(?=[\s*]|\Z)")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*+(?:\s*+(?:\\\[|\$\$)\s*\n)?", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
@@ -78,8 +78,8 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
     answer = marked(text)
     if answer is not None or strict:
         return answer or None
-    if letter and (option := OPTION.search(text)):
-        return option[1]
+    if letter:
+        text = OPTION.sub("answer is", text)
     *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
     if phrase:
         line = text[phrase.end():].lstrip().split("\n", 1)[0]

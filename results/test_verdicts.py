@@ -135,9 +135,9 @@ def test_letters_of_multiple_choice():
 
 def test_response_that_ends_on_the_letter_of_an_option():
     for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**",
-                     "B) 12", "**B. 12**", "Option B", "The answer is option B."):
+                     "B) 12", "**B. 12**", "Option B", "The answer is option B.", "The correct option is (B) 12. I see."):
         assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
-    for response in ("A B", "BB", "the correct option is b", "incorrect option is (B)", "the correct option is (B)?",
+    for response in ("A B", "BB", "the correct option is not (B)", "incorrect option is (B)", "The correct option is Bo",
                      "the correct option is (B) or (C)", "The correct option is (B). The answer is (C)",
                      "\\boxed{C} The correct option is (B)", "B) 12 C) 13", "B or C: both"):
         assert not verify(response, "B"), response
