@@ -294,10 +294,8 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 
         size = max(1, max_logits // model.config.vocab_size)
         chunks = list(zip(features[row, position - 1].split(size), targets.split(size)))
-        if len(chunks) > 1:
-            scores = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        else:
-            scores = [score(*chunk) for chunk in chunks]
+        scores = [checkpoint(score, *chunk, use_reentrant=False) if len(chunks) > 1 else score(*chunk)
+                  for chunk in chunks]
     return torch.zeros_like(rollout.log_probs).index_put((row, t), torch.cat(scores))
 
 
@@ -497,16 +495,18 @@ def load_reward(spec: str):
 
 def score_responses(reward, responses: list[str], examples: list["Example"]) -> tuple[Tensor, int]:
     """Rewards (P, G) float32 of G responses to each example, and how many calls failed, which count as 0."""
-    rewards, G = [], len(responses) // len(examples)
+    G = len(responses) // len(examples)
+    rewards, errors = torch.zeros(len(responses)), 0
     for i, response in enumerate(responses):
         try:
-            rewards.append(float(reward(response, examples[i // G].reference)))
+            value = float(reward(response, examples[i // G].reference))
+            if not math.isfinite(value):
+                raise ValueError(f"the reward is {value}")
+            rewards[i] = value
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
-            rewards.append(math.nan)
+            errors += 1
             warn_once(reward, f"a reward failed: 0, counted in reward/errors\n{traceback.format_exc()}")
-    rewards = torch.tensor(rewards).view(-1, G)
-    failed = ~rewards.isfinite()
-    return rewards.masked_fill(failed, 0), int(failed.sum())
+    return rewards.view(-1, G), errors
 
 
 def load_model(path: str, device: str):

@@ -792,13 +792,15 @@ def test_every_example_once_an_epoch():
 
 
 def test_failing_rewards_score_zero_are_counted_and_shown_once(capfd):
-    icpo.WARNED.clear()
-    answers = {"a": 1.0, "b": math.nan, "c": "no number"}
+    answers = {"a": 1.0, "b": math.nan, "c": "no number", "d": 1e300}
     reward = lambda response, reference: answers[response]
-    for _ in range(2):
-        rewards, failed = icpo.score_responses(reward, list("abcda"), [icpo.Example("", "r", [])] * 5)
-        assert rewards.flatten().tolist() == [1, 0, 0, 0, 1] and failed == 3
-    assert capfd.readouterr().err.count("no number") == 1
+    for responses, shown in (("abcdea", "the reward is nan"), ("acbdea", "'no number'"), ("adbcea", "overflow")):
+        icpo.WARNED.clear()
+        for _ in range(2):
+            rewards, failed = icpo.score_responses(reward, list(responses), [icpo.Example("", "r", [])] * 3)
+            assert rewards.tolist() == [[1, 0], [0, 0], [0, 1]] and failed == 4
+        err = capfd.readouterr().err
+        assert err.count(shown) == err.count("Traceback") == 1
 
 
 BAD = [
