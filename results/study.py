@@ -52,6 +52,8 @@ TUNING = {
     "alpha 0.1, beta 30": dict(alpha=0.1, beta=30.0),
     "alpha 0.2, beta 30": dict(alpha=0.2, beta=30.0),
     "alpha 0.4, beta 30": dict(alpha=0.4, beta=30.0),
+}
+VARIANTS = {  # of the first edition, whose runs are in tuning_first_edition.jsonl: today's come last
     "alpha 0.4, falling to 0": dict(alpha=0.4, alpha_end=0.0),
     "alpha 0.4, uniform kept": dict(alpha=0.4, keep_uniform_groups=True),
     "alpha 0.45 times agreement": dict(form="weighted", alpha=0.45),
@@ -358,14 +360,19 @@ def report(rows: list[dict]) -> None:
     figure(columns, RESULTS / "curves.png")
 
 
+def report_tuning(rows: list[dict]) -> None:
+    print(table(rows, "area", TUNING | VARIANTS, by_method=True) + "\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--tune", action="store_true", help="the search for the default instead")
     args = parser.parse_args(arguments)
     if args.tune:
-        jobs = plan(TUNING, TUNING_SEEDS, [cell for cell in CELLS if cell[1] < 0.3], evaluate=False)
-        complete(RESULTS / "tuning.jsonl", jobs, args, run,
-                 lambda rows: print(table(rows, "area", TUNING, by_method=True)), warm_starts)
+        cells = [cell for cell in CELLS if cell[1] < 0.3]
+        jobs = [job for methods in (TUNING, VARIANTS) for job in plan(methods, TUNING_SEEDS, cells, evaluate=False)]
+        complete(RESULTS / "tuning.jsonl", jobs, args, run, report_tuning, warm_starts)
+        report_tuning([json.loads(line) for line in (RESULTS / "tuning_first_edition.jsonl").open()])
     else:
         jobs = plan(METHODS, SEEDS, CELLS, evaluate=True)
         complete(RESULTS / "study.jsonl", jobs, args, run, report, warm_starts)
