@@ -21,7 +21,7 @@ Glossary. P prompts, G responses each, B = P * G prompt-major rows, T response p
   o_i         rollout.ids      (B, S)  prompt, response, padding: S positions in all
   L_i         rollout.lengths  (B,)    tokens of the response, its end-of-sequence token included
   l_i         confidence       (P, G)  from the log-probs that the sampler recorded, without another pass
-  s_i         preference       (P, G)  in (-1, 1)
+  s_i         preference       (P, G)  in [-1, 1]
   R_i, A_i    rewards, advantages (P, G)
   log pi_old  old_log_probs    (B, T)  in the ratio: from the update's first forward pass, before any step
   log pi      log_probs        (B, T)  from the update's current forward pass
@@ -83,8 +83,8 @@ def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
         s_i = mean over j != i of 2 P(i > j) - 1         a score from pairwise comparisons [P]; its form [O]
             = mean over j != i of tanh(beta * (l_j - l_i) / 2)
 
-    seq_log_probs (P, G) in nats per token, beta > 0 in 1 / nats -> (P, G) float32 in (-1, 1), detached. Sums
-    to 0 over a group, is 0 if all tie, tends to the rank score as beta grows. Raises ValueError if G < 2.
+    seq_log_probs (P, G) in nats per token, beta > 0 in 1 / nats -> (P, G) float32 in [-1, 1], detached. Sums
+    to 0 over a group, is 0 if all tie; for large beta, (wins - losses) / (G - 1). Raises ValueError if G < 2.
     """
     G = seq_log_probs.shape[-1]
     if G < 2:
@@ -137,7 +137,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
     log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> scalar, and
     sums over tokens, for micro-batches to add up. Aggregation "token" weights all tokens alike, "sequence"
-    all responses, else ValueError. The normalizer is their number in the optimizer batch, by default here.
+    all responses, else ValueError. normalizer: their number in the optimizer batch; if None, in this call.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -218,7 +218,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     # Padding on the left: every prompt ends in the last column, whose logits give the first response token.
     ids = padded(prefilled, device, "left")
     attention_mask = padded([[1] * len(prompt) for prompt in prefilled], device, "left")
-    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     # All random numbers at once: those of a row depend neither on its neighbors nor on the device.
     uniforms = torch.rand(B, max_new_tokens, dtype=torch.float64, generator=generator).to(device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
@@ -229,12 +228,13 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for t in range(max_new_tokens):
+            position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1]:]
             logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
                            past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
                 cache.batch_repeat_interleave(group_size)
-                logits, attention_mask, position_ids = (
-                    x.repeat_interleave(group_size, dim=0) for x in (logits, attention_mask, position_ids))
+                logits = logits.repeat_interleave(group_size, dim=0)
+                attention_mask = attention_mask.repeat_interleave(group_size, dim=0)
             log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
             p = log_p.exp()
             if temperature:
@@ -255,9 +255,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
             if by_row and not unfinished.all():
                 cache.batch_select_indices(unfinished.nonzero().squeeze(1))
                 rows, attention_mask = rows[unfinished], attention_mask[unfinished]
-                position_ids = position_ids[unfinished]
             ids, attention_mask = tokens[rows, t, None], pad(attention_mask, (0, 1), value=1)
-            position_ids = position_ids[:, -1:] + 1
 
     T, responses = int(lengths.max()), zip(repeated, tokens.tolist(), lengths.tolist())
     ids = padded([prompt + row[:length] for prompt, row, length in responses], device)
@@ -339,10 +337,10 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
             raise UserError(f"this model's log-probs with a cache (sampled) and without (scored) differ by "
                             f"{difference:.2g} nats a token, so it cannot be trained: choose another --model")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        finite = math.isfinite(sums["loss"] + norm)
-        skipped += not finite
-        if finite:
+        if math.isfinite(sums["loss"] + norm):
             optimizer.step()
+        else:
+            skipped += 1
     return {"loss": sums["loss"], "grad_norm": norm, "ratio/clip_frac": sums["clipped"] / tokens,
             "kl/old": sums["kl_old"] / tokens, "kl/ref": sums["kl_ref"] / tokens,
             "sampling/logp_difference": difference, "update/skipped": skipped}
@@ -373,8 +371,8 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
                 "time/update": done - scored, "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
     numbers = {"verified": verified, "reward": rewards, "confidence": confidence, "advantage": advantages}
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
-                "response": responses[b]} | {name: x.flatten()[b].item() for name, x in numbers.items()}
-               for b in range(P * G)]
+                "response": response} | {name: x.flatten()[b].item() for name, x in numbers.items()}
+               for b, response in enumerate(responses)]
     return metrics, samples
 
 
@@ -494,7 +492,7 @@ def load_reward(spec: str):
 
 
 def score_responses(reward, responses: list[str], examples: list["Example"]) -> tuple[Tensor, int]:
-    """Rewards (P, G) float32 of G responses to each example, and how many calls failed, which count as 0."""
+    """Rewards (P, G) float32 of G responses to each example, and the number of failed calls: they score 0."""
     G = len(responses) // len(examples)
     rewards, errors = torch.zeros(len(responses)), 0
     for i, response in enumerate(responses):
@@ -505,7 +503,7 @@ def score_responses(reward, responses: list[str], examples: list["Example"]) -> 
             rewards[i] = value
         except Exception:  # the user's code may raise anything, and one response must not end a run of hours
             errors += 1
-            warn_once(reward, f"a reward failed: 0, counted in reward/errors\n{traceback.format_exc()}")
+            warn_once("reward", f"a reward failed: 0, counted in reward/errors\n{traceback.format_exc()}")
     return rewards.view(-1, G), errors
 
 
@@ -568,7 +566,7 @@ def rollout_metrics(rollout: Rollout, verified, rewards, confidence, advantages,
         return x.float().mean().item() if x.numel() else None
 
     correct, grpo = verified > 0.5, group_advantage(rewards)
-    surest_is_correct = correct.gather(1, confidence.argmax(dim=1, keepdim=True)).squeeze(1)
+    surest_is_correct = correct[torch.arange(len(correct)), confidence.argmax(dim=1)]
     preference = preference_advantage(confidence, beta)
     agreement = grpo * preference
     return {
@@ -632,8 +630,8 @@ def append(path: Path, rows: list[dict]):
 def replace_file(path: Path, write):
     """Calls write(another path), then renames: at every moment the file at path is whole, old or new."""
     with writing(path):
-        write(path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        write(part := path.with_suffix(".tmp"))
+        part.replace(path)
 
 
 def until_interrupted(steps):
@@ -740,7 +738,7 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
 
 def write_task(out: Path, config: Config):
     """Writes sums to out/task, and a tiny Qwen2 taught to forget the carry: it is sure of wrong sums [O]."""
-    if out.exists() and any(out.iterdir()):
+    if any(out.glob("*")):
         names = (Path(f"{out}-{n}") for n in itertools.count(1))
         print(f"the earlier run in {out} is now {out.rename(next(x for x in names if not x.exists()))}")
     set_seed(config.seed)

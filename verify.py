@@ -6,8 +6,8 @@ Extraction. Text up to the last </think>, or from a later <think> on, does not c
 \fbox{}, an <answer></answer> pair and a numeric line "#### 18", the one that starts last decides; if it is
 empty or not closed there is no answer, and nothing falls back to an earlier one. Without such a marker, and
 unless strict, the first of: what follows the last "answer is" or "answer:" (for a letter, "correct option
-is" too), up to the end of the sentence, because, since, as or so that; for a letter, a response like "B" or
-"B) 12", if it marks no other; the last number.
+is" too), up to the end of the sentence, because, since, as or so that; for a letter, a response or last line
+like "B" or "B) 12", if it marks no other; the last number.
 
 Equivalence looks at the whole answer and is exact: rationals of any size, no floats, no tolerance.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
@@ -20,7 +20,7 @@ Equivalence looks at the whole answer and is exact: rationals of any size, no fl
     chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 is not 15, and x = y = 5 is not 5
     tuples       (1, 2) in order; intervals [0, 1) with their brackets; unions of intervals in any order
     sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2" = "1 and 2", never one of its elements; 2 \pm 1 = {1, 3}
-    letters      if the reference is a letter A to J: B = (B) = B. = Option B = "B) because ..." [convention]
+    letters      for a reference A to J: B = (B) = B. = Option B = "B) 12", but not "B or A" [convention]
     text         all else, matrices and algebra too: equal but for case, spaces, $...$, \text{} and the like
 Where no convention [convention] is involved, is_equivalent(a, b) == is_equivalent(b, a).
 
@@ -41,9 +41,9 @@ MAX_LENGTH, MAX_DEPTH, MAX_ITEMS, MAX_TERMS, MAX_BITS = 1000, 20, 64, 16, 8000
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z])(?=[$.)\]}*\\]*(?:\s|\Z)))")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
-HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC})[^\S\n]*(?=[\n<]|\Z)")
-OPTION = re.compile(r"\bcorrect (?:option|choice) is", re.IGNORECASE)
-LETTERED = re.compile(r"(?<![\w'])(?:\([A-Ja-j]\)|[A-J][).:])(?=[\s*]|\Z)")
+HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC}|\(?[A-J]\)?)[^\S\n]*(?=[\n<]|\Z)")
+OPTION = re.compile(r"\bcorrect (?:option|choice)(?: is|:)", re.IGNORECASE)
+LETTERED = re.compile(r"(?<![\w'])(?:\([A-Ja-j]\)|(?<!\()[A-Ja-j]\)|[A-J][.:](?=[\s*]|\Z))")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*+(?:\s*+(?:\\\[|\$\$)\s*\n)?", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−](?:\\?\$)?)?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
@@ -79,13 +79,14 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
     if answer is not None or strict:
         return answer or None
     if letter:
-        text = OPTION.sub("answer is", text)
+        text = OPTION.sub("answer is", text.replace("**", ""))
     *_, phrase = None, *(PHRASE.finditer(text) if "answer" in text.lower() else ())
     if phrase:
         line = text[phrase.end():].lstrip().split("\n", 1)[0]
         return PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *") or None  # **18** dollars
     if letter:  # no number is a letter; is_equivalent judges "B) 12" by its beginning
-        return text.strip("* \n") if len(LETTERED.findall(text)) < 2 else None
+        last = text.strip().rsplit("\n", 1)[-1].strip()
+        return None if len(LETTERED.findall(text)) > 1 else last if CHOICE.match(last) else text.strip()
     end = max(0, len(text) - 200)  # mostly the end suffices, from a space on, since no number holds one
     numbers = NUMBER.findall(text, text.rfind(" ", 0, end) + 1) or NUMBER.findall(text)
     return numbers[-1] if numbers else None
@@ -403,7 +404,8 @@ class Expression:
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 CHOICE = re.compile(r"""  # but "(A) or (B)" is no choice
     (?:(?:[Oo]ption|[Cc]hoice)\ )?\(?([A-Ja-j])(?:\)\.?|[.:](?=\ |$)|$)
-    (?!\ ?(?:[,/&]|or\b|and\b)?\ ?(?:(?:or|and)\ )?(?:\([A-Ja-j]\)|[A-J][).:]))""", re.VERBOSE)
+    (?!\ ?(?:[,/&|;]|or\b|and\b)?\ ?(?:(?:or|and)\ )?(?:\([A-Ja-j]\)|[A-J][).:])
+    |\ ?(?:[,/&|;]|or|and)\ ?[A-J]$)""", re.VERBOSE)
 NO_NOUNS = """one two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty
     fifty sixty seventy eighty ninety hundred thousand million billion trillion lakh crore pair couple dozen
     score gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth

@@ -135,11 +135,13 @@ def test_letters_of_multiple_choice():
 
 def test_response_that_ends_on_the_letter_of_an_option():
     for response in ("B", "b", "(b)", "**B**\n", "x = 12, so the correct option is (B).", "Correct choice is **B**",
-                     "B) 12", "**B. 12**", "Option B", "The answer is option B.", "The correct option is (B) 12. I see."):
+                     "B) 12", "**B. 12**", "Option B", "The answer is option B.", "The correct option is (B) 12. I see.",
+                     "It is 12.\n\n**B**", "So 12.\nB) 12", "The answer is **B**: 12", "Correct option: B", "12\n#### (B)"):
         assert verify(response, "B") and verify(response, "\\boxed{(B)}") and not verify(response, "A"), response
     for response in ("A B", "BB", "the correct option is not (B)", "incorrect option is (B)", "The correct option is Bo",
                      "the correct option is (B) or (C)", "The correct option is (B). The answer is (C)",
-                     "\\boxed{C} The correct option is (B)", "B) 12 C) 13", "B or C: both"):
+                     "\\boxed{C} The correct option is (B)", "B) 12 C) 13", "B or C: both",
+                     "b) 12\nc) 13", "(B)12\n(C)13", "The answer is (B) or C", "<answer>(B)|(C)</answer>"):
         assert not verify(response, "B"), response
     assert verify("x = 12, so the correct option is (B)", "12")
 
