@@ -43,7 +43,7 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
 HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC}|\(?[A-J]\)?)[^\S\n]*(?=[\n<]|\Z)")
 OPTION = re.compile(r"\bcorrect (?:option|choice)(?: is|:)", re.IGNORECASE)
-LETTERED = re.compile(r"(?<![\w'])(?:\([A-Ja-j]\)|(?<!\()[A-Ja-j]\)|[A-J][.:](?=[\s*]|\Z))")
+LETTERED = re.compile(r"(?<![\w'(])(?:\(?[A-Ja-j]\)|[A-J][.:](?=[\s*]|\Z))")
 PHRASE = re.compile(r"\banswer(?: is|:|\*\*:)[:* ]*+(?:\s*+(?:\\\[|\$\$)\s*\n)?", re.IGNORECASE)
 PHRASE_END = re.compile(r"[.;!?](?: |$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b")
 NUMBER = re.compile(r"(?:(?<![0-9A-Za-z)])[-−](?:\\?\$)?)?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
@@ -404,8 +404,7 @@ class Expression:
 LETTER = re.compile(r"\(?([A-Ja-j])\)?")
 CHOICE = re.compile(r"""  # but "(A) or (B)" is no choice
     (?:(?:[Oo]ption|[Cc]hoice)\ )?\(?([A-Ja-j])(?:\)\.?|[.:](?=\ |$)|$)
-    (?!\ ?(?:[,/&|;]|or\b|and\b)?\ ?(?:(?:or|and)\ )?(?:\([A-Ja-j]\)|[A-J][).:])
-    |\ ?(?:[,/&|;]|or|and)\ ?[A-J]$)""", re.VERBOSE)
+    (?!\W*(?:(?:or|and)\W+)?(?:\([A-Ja-j]\)|[A-J](?:[).:]|$)))""", re.VERBOSE)
 NO_NOUNS = """one two three four five six seven eight nine ten eleven twelve fifteen twenty thirty forty
     fifty sixty seventy eighty ninety hundred thousand million billion trillion lakh crore pair couple dozen
     score gross half halve third quarter fourth fifth sixth seventh eighth ninth tenth twelfth hundredth

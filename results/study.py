@@ -53,7 +53,7 @@ TUNING = {
     "alpha 0.2, beta 30": dict(alpha=0.2, beta=30.0),
     "alpha 0.4, beta 30": dict(alpha=0.4, beta=30.0),
 }
-VARIANTS = {  # of the first edition, whose runs are in tuning_first_edition.jsonl: today's come last
+VARIANTS = {  # tried in the first edition (tuning_first_edition.jsonl), and run after the others
     "alpha 0.4, falling to 0": dict(alpha=0.4, alpha_end=0.0),
     "alpha 0.4, uniform kept": dict(alpha=0.4, keep_uniform_groups=True),
     "alpha 0.45 times agreement": dict(form="weighted", alpha=0.45),
@@ -111,6 +111,10 @@ def quietly(function, *args):
             return function(*args)
 
 
+def rows_of(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
 def task_folder(regime: str, seed: int) -> Path:
     return WARM_STARTS / f"{regime}-{seed}"
 
@@ -157,7 +161,7 @@ def train(advantage=None, **settings) -> list[dict]:
             sys.exit(130)  # of a worker that is told to stop, a traceback shows nothing
         finally:
             icpo.icpo_advantage = own
-        return [json.loads(line) for line in open(f"{out}/run/metrics.jsonl")]
+        return rows_of(Path(out) / "run/metrics.jsonl")
 
 
 def run(job: dict) -> dict:
@@ -197,7 +201,7 @@ def logged(log: Path, jobs: list[dict]) -> dict[str, dict]:
     def key(row: dict) -> str:
         return json.dumps([row.get(name) for name in jobs[0]])
 
-    rows = {key(row): row for row in map(json.loads, log.open())} if log.exists() else {}
+    rows = {key(row): row for row in rows_of(log)}
     return {json.dumps(job): rows[key(job)] for job in jobs if key(job) in rows}
 
 
@@ -352,8 +356,7 @@ def report(rows: list[dict]) -> None:
     noisy = [row for row in rows if row["noise"] == 0.2]
     columns = {f"toy {regime}, 20% flipped": [row for row in noisy if row["regime"] == regime]
                for regime in ("98%", "slipping")}
-    log = RESULTS / "real_model.jsonl"
-    real = [json.loads(line) for line in log.open()] if log.exists() else []
+    real = rows_of(RESULTS / "real_model.jsonl")
     for noise, title in ((0.0, "SmolLM2, clean"), (0.2, "SmolLM2, 20% flipped")):
         if len(by_seed(real, method="ICPO", noise=noise)) > 1:
             columns[title] = [row for row in real if row["noise"] == noise]
@@ -370,9 +373,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.tune:
         cells = [cell for cell in CELLS if cell[1] < 0.3]
-        jobs = [job for methods in (TUNING, VARIANTS) for job in plan(methods, TUNING_SEEDS, cells, evaluate=False)]
+        jobs = plan(TUNING, TUNING_SEEDS, cells, False) + plan(VARIANTS, TUNING_SEEDS, cells, False)
         complete(RESULTS / "tuning.jsonl", jobs, args, run, report_tuning, warm_starts)
-        report_tuning([json.loads(line) for line in (RESULTS / "tuning_first_edition.jsonl").open()])
+        report_tuning(rows_of(RESULTS / "tuning_first_edition.jsonl"))
     else:
         jobs = plan(METHODS, SEEDS, CELLS, evaluate=True)
         complete(RESULTS / "study.jsonl", jobs, args, run, report, warm_starts)
