@@ -114,9 +114,10 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
 
         A = group_advantage(R + alpha * s)
 
-    alpha = 0 is GRPO, to the bit. With R in {0, 1} and alpha < 1/2, a correct response outranks every wrong
-    one. A group of equal rewards gets 0 [O], or alpha * s with keep_uniform_groups: divided by its std, s
-    would push at full size there with no reward behind it, and a model that errs at random collapses.
+    alpha = 0 is GRPO, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha is
+    below 1/2, and A has the sign of GRPO's if alpha is below 1/G. A group of equal rewards gets 0 [O], or
+    alpha * s with keep_uniform_groups: divided by its std, s would push at full size there with no reward
+    behind it, and a model that errs at random collapses.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
     preference = preference_advantage(seq_log_probs, beta)
@@ -417,7 +418,7 @@ class Config:
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     # The method
-    alpha: float = 0.1  # weight of the preference advantage; 0 is GRPO
+    alpha: float = 0.1  # weight of the preference advantage; 0 is GRPO, below 1/G keeps the signs of its A
     beta: float = 10.0  # sharpness of the comparison, per nat of mean token log-prob
     keep_uniform_groups: bool = False  # groups of equal rewards get alpha * s, not 0
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
@@ -454,7 +455,7 @@ def check(config: Config):
         ("reward_noise clip_low task_teacher_error", "from 0 to 1", lambda x: 0 <= x <= 1),
         ("device", "cpu: torch sees no CUDA GPU", lambda x: x == "cpu" or torch.cuda.is_available()),
         ("seed", "from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
-        ("alpha", "from 0 to below 1/2, or preference could overrule the verifier", lambda x: 0 <= x < 0.5),
+        ("alpha", "from 0 to below 1/2, or wrong could outrank correct responses", lambda x: 0 <= x < 0.5),
     ]:
         for name in names.split():
             if not holds(getattr(config, name)):

@@ -126,14 +126,15 @@ def test_alpha_zero_is_grpo_to_the_bit():
 
 
 def test_the_verifier_is_never_overruled_not_even_by_repetition():
-    """Every correct response outranks every wrong one, be it repeated with log-probs near 0 or rambling."""
+    """Correct responses outrank wrong ones, be they repeated with log-probs near 0 or rambling; alpha < 1/G keeps signs."""
     for bits in itertools.product([0.0, 1.0], repeat=5):
         rewards = torch.tensor([bits])
         for l in (-torch.rand(1, 5) * 3, torch.where(rewards == 1, -0.2, -1e-4), torch.where(rewards == 1, -0.2, -5.0)):
-            for alpha, beta in ((0.499, 1e4), (Config().alpha, Config().beta)):
+            for alpha, beta in ((0.499, 1e4), (0.199, 1e4), (Config().alpha, Config().beta)):
                 advantages = icpo_advantage(rewards, l, alpha, beta)
                 correct, wrong = advantages[rewards == 1], advantages[rewards == 0]
-                assert len(correct) == 0 or len(wrong) == 0 or correct.min() > wrong.max()
+                if len(correct) and len(wrong):
+                    assert correct.min() > wrong.max() and (alpha > 1 / 5 or correct.min() > 0 > wrong.max())
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 0.3, 0.6, 0.7, 0.9, 1.0, -5.0])
@@ -860,7 +861,7 @@ def test_resume_names_what_differs_and_a_full_folder_is_refused(tiny, tmp_path, 
 def test_help_names_and_explains_every_flag_and_unknown_ones_are_refused(capsys):
     shown = subprocess.run([sys.executable, icpo.__file__, "--help"], capture_output=True, text=True)
     text = re.sub(r"\s+", " ", shown.stdout)
-    assert shown.returncode == 0 and "weight of the preference advantage; 0 is GRPO (default: 0.1)" in text
+    assert shown.returncode == 0 and "0 is GRPO, below 1/G keeps the signs of its A (default: 0.1)" in text
     for name in Config.__dataclass_fields__:
         shown = rf"--{name.replace('_', '-')}( [A-Z_]+| {{[a-z,]+}}| \[[A-Z_]+\])? [a-zA-Z].*\(default:"
         assert re.search(shown, text), name
