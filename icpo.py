@@ -28,19 +28,26 @@ Glossary. P prompts, G responses each, B = P * G prompt-major rows, T response p
   alpha, beta                          weight of s, sharpness of the comparison
 """
 
+import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("icpo.py: error: this is Python {}.{}; 3.11 or newer is needed".format(*sys.version_info))
+
 import contextlib
+import copy
 import inspect
 import itertools
 import json
+import logging
 import math
 import os
 import pkgutil
 import random
 import re
 import signal
-import sys
+import threading
 import time
-import traceback
+import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,17 +56,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, Qwen2Config,
-                          Qwen2ForCausalLM, Qwen2Tokenizer, set_seed)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig,
+                          HfArgumentParser, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
+                          set_seed)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.logging import disable_progress_bar
 
 from verify import extract_answer
 
@@ -228,7 +236,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     eos, rows = torch.tensor(eos_ids, device=device), torch.arange(B, device=device)  # the rows in the batch
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for t in range(max_new_tokens):
+        for t in tqdm(range(max_new_tokens), "tokens", leave=False, delay=5):
             position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1]:]
             logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids,
                            past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -291,7 +299,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
             logits = logits.float() if temperature == 1 else logits.float() / temperature
             return logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
-        size = max(1, max_logits // model.config.vocab_size)
+        size = max(1, max_logits // model.config.get_text_config().vocab_size)
         chunks = list(zip(features[row, position - 1].split(size), targets.split(size)))
         scores = [checkpoint(score, *chunk, use_reentrant=False) if len(chunks) > 1 else score(*chunk)
                   for chunk in chunks]
@@ -300,6 +308,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 
 # ------------------------------------------------------------------------------------------ One training step
 
+@torch.enable_grad()  # whatever the reward function has switched off
 def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Config", ref_model=None) -> dict:
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
@@ -315,13 +324,12 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
     if ref_model is not None:
         with torch.no_grad():
             ref_log_probs = [token_log_probs(ref_model, batch, config.temperature) for _, batch in batches]
-    for layer in policy.modules():  # only layers in training mode are checkpointed
-        layer.training = getattr(layer, "gradient_checkpointing", False)
+    policy.train(policy.is_gradient_checkpointing)  # no layer is checkpointed in eval mode
     skipped = 0
     for epoch in range(config.inner_epochs):
         optimizer.zero_grad()
         sums = Counter()
-        for i, (chunk, batch) in enumerate(batches):
+        for i, (chunk, batch) in enumerate(tqdm(batches, "micro-batches", leave=False, delay=5)):
             log_probs = token_log_probs(policy, batch, config.temperature)
             if epoch == 0:  # before any step this is log pi_old, by the very kernels that the ratio will see
                 old_log_probs.append(log_probs.detach())
@@ -335,8 +343,7 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config: "Con
         difference = sums["difference"] / tokens
         # Before the very first step. The tolerances are for bf16 and float32; "not <=" refuses NaN as well.
         if not optimizer.state and not difference <= (0.25 if rollout.ids.is_cuda else 0.01):
-            raise UserError(f"this model's log-probs with a cache (sampled) and without (scored) differ by "
-                            f"{difference:.2g} nats a token, so it cannot be trained: choose another --model")
+            raise UserError(f"--model: {UNEQUAL.format(difference)}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if math.isfinite(sums["loss"] + norm):
             optimizer.step()
@@ -353,10 +360,12 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
     P, G, start = len(examples), config.group_size, time.perf_counter()
     # 1. Sample.
     rollout = sample(policy, [x.ids for x in examples], G, config.max_new_tokens, eos_ids, config.temperature)
-    responses = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
+    responses = texts_of(rollout, tokenizer, examples)
     sampled = time.perf_counter()
     # 2. Verify; --reward-noise then flips some of the rewards.
     verified, errors = score_responses(reward, responses, examples)
+    if len(errors) == P * G and not optimizer.state:  # before anything was learned: it is the function
+        raise UserError(f"--reward {config.reward}: all {P * G} calls of the first step failed: {errors[0]}")
     rewards = torch.where(torch.rand(P, G) < config.reward_noise, 1 - verified, verified)
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
@@ -368,7 +377,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
     done = time.perf_counter()
 
     metrics |= rollout_metrics(rollout, verified, rewards, confidence, advantages, config.beta)
-    metrics |= {"reward/errors": errors, "time/sample": sampled - start, "time/score": scored - sampled,
+    metrics |= {"reward/errors": len(errors), "time/sample": sampled - start, "time/score": scored - sampled,
                 "time/update": done - scored, "tokens_per_s": rollout.lengths.sum().item() / (done - start)}
     numbers = {"verified": verified, "reward": rewards, "confidence": confidence, "advantage": advantages}
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
@@ -379,8 +388,10 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
 
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
 
+OWN_DEFAULTS = dict(steps=500, max_new_tokens=512, micro_batch=8, lr=1e-6)
 TASK_DEFAULTS = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
-WARNED = set()
+LOGGER = logging.getLogger("icpo")
+UNEQUAL = "log-probs with a cache (sampled) and without (scored) differ by {:.2g} nats a token: not trainable"
 
 
 @dataclass
@@ -433,11 +444,14 @@ class Config:
     task_warmup_steps: int = 1200  # steps of imitating the teacher before RL
 
     def __post_init__(self):
-        own = dict(output_dir=f"runs/{Path(str(self.model)).resolve().name}", steps=500, max_new_tokens=512,
-                   micro_batch=8, lr=1e-6)
-        for name, value in (own if self.model else TASK_DEFAULTS).items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        if self.model:  # the built-in task's are set in train: replace(config, model=...) may come before
+            self.__dict__ |= given_or(self, OWN_DEFAULTS)
+
+
+def given_or(config: Config, defaults: dict) -> dict:
+    """The defaults, but where the config has another value than None."""
+    return {name: value if getattr(config, name) is None else getattr(config, name)
+            for name, value in defaults.items()}
 
 
 class UserError(Exception):
@@ -463,102 +477,179 @@ def check(config: Config):
     if bool(config.model) != bool(config.train_data) or config.eval_data and not config.model:
         raise UserError("--model and --train-data need each other, and --eval-data needs both")
     out = Path(config.output_dir)
-    if config.resume:
-        if not (out / "checkpoint/state.pt").exists():
-            raise UserError(f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
-        free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
-        for name, was in json.loads((out / "config.json").read_text()).items():
-            if name not in free and was != (now := getattr(config, name, None)):
-                raise UserError(f"--resume: the run has another --{name.replace('_', '-')}: {was}, not {now}")
-    elif (config.model or str(out) != TASK_DEFAULTS["output_dir"]) and (out.is_file() or any(out.glob("*"))):
+    if config.resume and not (out / "checkpoint/state.pt").exists():
+        raise UserError(f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
+    fresh = not config.resume and (config.model or str(out) != TASK_DEFAULTS["output_dir"])
+    if fresh and (out.is_file() or any(out.glob("[!.]*"))):
         raise UserError(f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
-
-
-def warn_once(topic, message: str):
-    """Shows the message above the progress bar, unless this run has warned of the topic before."""
-    if topic not in WARNED:
-        WARNED.add(topic)
-        tqdm.write(message, file=sys.stderr)
 
 
 def load_reward(spec: str):
     """The reward function f(response, reference) -> float named module:function. Raises UserError."""
     sys.path.append("")
     try:
-        reward = pkgutil.resolve_name(spec)
-        assert callable(reward), "not a function"
-    except Exception as error:  # the user's module runs when it is imported, and may raise anything
+        with contextlib.chdir("."):  # a module that changes the folder when it is imported is brought back
+            reward = pkgutil.resolve_name(spec)
+        if not callable(reward):
+            raise TypeError("not a function")
+    except (Exception, SystemExit) as error:  # the user's module runs when it is imported, and may raise any
         raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here")
     return reward
 
 
-def score_responses(reward, responses: list[str], examples: list["Example"]) -> tuple[Tensor, int]:
-    """Rewards (P, G) float32 of G responses to each example, and the number of failed calls: they score 0."""
+def score_responses(reward, responses: list[str], examples: list) -> tuple[Tensor, list[str]]:
+    """Rewards (P, G) float32 of G responses to each example; the errors of failed calls, which score 0."""
     G = len(responses) // len(examples)
-    rewards, errors = torch.zeros(len(responses)), 0
+    rewards, errors = torch.zeros(len(responses)), []
     for i, response in enumerate(responses):
         try:
             value = float(reward(response, examples[i // G].reference))
             if not math.isfinite(value):
                 raise ValueError(f"the reward is {value}")
             rewards[i] = value
-        except Exception:  # the user's code may raise anything, and one response must not end a run of hours
-            errors += 1
-            warn_once("reward", f"a reward failed: 0, counted in reward/errors\n{traceback.format_exc()}")
+        except (Exception, SystemExit) as error:  # one response must not end a run of hours
+            errors.append(repr(error))
+            LOGGER.warning_once("\na reward failed: it is 0, and counted in reward/errors", exc_info=True)
     return rewards.view(-1, G), errors
 
 
-def load_model(path: str, device: str):
-    """The model, its tokenizer, and the ids of the tokens that end a response. Raises UserError."""
+def quietened(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy without dropout or noise in training mode, for a model that returns logits and a cache only."""
+    config = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            setattr(config, name, quietened(value))
+        elif isinstance(value, float) and re.search("drop|jitter", name):
+            setattr(config, name, 0.0)
+        elif re.search("output_(router_logits|hidden_states|attentions)", name):
+            setattr(config, name, False)
+    config.return_dict = True
+    return config
+
+
+def closing_token(tokenizer) -> set[int]:
+    """The special token, if there is one, with which the chat template closes an assistant's message."""
+    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
     try:
+        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
+    except Exception:  # no template, or a broken one, which is told where a prompt goes through it
+        return set()
+    return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
+
+
+def load_model(path: str, device: str):
+    """A model fit for training, its tokenizer, and the ids of the tokens that end a response.
+
+    Raises UserError for what is no model, cannot be trained here, or could not be saved again afterwards.
+    """
+    def refuse(problems: dict):
+        for problem, holds in problems.items():
+            if holds:
+                raise UserError(problem)
+
+    disable_progress_bar()  # transformers' own, for files
+    folder = Path(path)
+    try:
+        refuse({
+            "a file: give the folder of a model in transformers' format": folder.is_file(),
+            "a LoRA adapter: merge it into its model first": (folder / "adapter_config.json").exists(),
+            f"the folder of a run: its model is in {folder}/model": (folder / "model").is_dir(),
+            f"for --resume: the model is in {folder.parent}/model": (folder / "state.pt").exists(),
+            "without a tokenizer: save it there too": folder.is_dir() and not any(folder.glob("*tok*")),
+            "no such folder": not folder.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path)})
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-        token_log_probs(model.to(device), sample(model, [[0], [0, 0]], 2, 2, []))  # does it work at all?
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, config=quietened(config), dtype=torch.float32, trust_remote_code=False,
+            output_loading_info=True)
+        rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # does it work at all?
+        difference = (token_log_probs(model, rollout) - rollout.log_probs).abs().mean().item()
+        ends = model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        missing, last_id = sorted(loaded["missing_keys"]), max(tokenizer.get_vocab().values())
+        rows = model.get_input_embeddings().weight.shape[0]
+        refuse({
+            f"no weights in it for {', '.join(missing[:3])}: it is no whole language model": missing,
+            f"its tokenizer has ids up to {last_id}, its embedding only {rows} rows": last_id >= rows,
+            UNEQUAL.format(difference): not difference <= 1e-4,
+            "no eos token in its tokenizer or generation_config.json": not ends})
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # loaded as it is, but it could not be saved
+            model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
-    ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    if not ends:
-        raise UserError(f"--model {path}: no eos token in its tokenizer or generation_config.json")
-    return model, tokenizer, sorted(ends)
+    model.config_to_save = config
+    context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
 
 
 class Example(NamedTuple):
-    prompt: str     # as it stands in the file
-    reference: str  # what the reward function compares with
-    ids: list[int]  # the whole prompt in tokens: system prompt, chat template and suffix included
+    prompt: str        # as it stands in the file
+    reference: object  # what the reward function compares with: as in the file, but of a solution the answer
+    ids: list[int]     # the whole prompt in tokens: system prompt, chat template and suffix included
+    opening: str = ""  # the <think> that ends the prompt, where it does: the response begins with it
 
 
-def load_examples(path: str, tokenizer, config: Config, context: int) -> list[Example]:
-    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18". Raises UserError."""
+def prompt_ids(prompt: str, tokenizer, config: Config) -> list[int]:
+    """The prompt in tokens, in the chat template if there is one."""
+    text = prompt + config.prompt_suffix
+    if tokenizer.chat_template and not config.no_chat_template:
+        messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        messages.append({"role": "user", "content": text})
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = config.system_prompt + text
+    begun = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=not begun).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
+
+
+def load_examples(path: str, tokenizer, config: Config, context: int | None = None) -> list[Example]:
+    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18".
+
+    context: tokens of a prompt and its response together, by default the model's. Raises UserError.
+    """
     examples, keys = [], (config.prompt_key, config.answer_key)
+    context = context or tokenizer.model_max_length
     longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
     lines = [(n, line) for n, line in enumerate(Path(path).read_bytes().splitlines(), 1) if line.strip()]
     for number, line in tqdm(lines, desc=f"reading {Path(path).name}", leave=False):
         try:
             row = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise UserError(f"{path}, line {number}: not JSON: {error}")
-        row = row if isinstance(row, dict) else {}
-        prompt, answer = map(row.get, keys)
-        if not isinstance(prompt, str) or answer is None:
-            raise UserError(f"{path}, line {number}: needs a string {keys[0]!r} and an {keys[1]!r}, has "
-                            f"{list(row)}; set --prompt-key and --answer-key")
-        if tokenizer.chat_template and not config.no_chat_template:
-            messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-            messages.append({"role": "user", "content": prompt + config.prompt_suffix})
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        else:
-            ids = tokenizer(config.system_prompt + prompt + config.prompt_suffix).input_ids
+            prompt, answer = map(row.get, keys) if isinstance(row, dict) else (None, None)
+            if not isinstance(prompt, str) or answer is None:
+                found = list(row) if isinstance(row, dict) else f"a {type(row).__name__}"
+                raise UserError(f"needs a string {keys[0]!r} and an {keys[1]!r}, has {found}; set "
+                                f"--prompt-key and --answer-key")
+            ids = prompt_ids(prompt, tokenizer, config)
+            opening = re.search(r"(<think>\s*)?\Z", tokenizer.decode(ids[-8:]))[0]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error}; give JSON Lines, an object a line")
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}")
+        except Exception as error:  # of a chat template
+            raise UserError(f"{path}, line {number}: the chat template fails: {error!r}; "
+                            f"--no-chat-template goes without")
         if 0 < len(ids) <= longest:
-            examples.append(Example(prompt, extract_answer(str(answer), strict=True) or str(answer), ids))
+            cut = isinstance(answer, str) and extract_answer(answer, strict=True)
+            examples.append(Example(prompt, cut or answer, ids, opening))
     if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
     if not examples:
-        raise UserError(f"{path}: no usable row; --max-prompt-tokens, and the model's context of {context} "
-                        f"less --max-new-tokens, leave {longest} tokens for a prompt")
+        raise UserError(f"{path}: no usable row of {len(lines)}; --max-prompt-tokens, and the context of "
+                        f"{context} less --max-new-tokens, leave {longest} tokens for a prompt")
     return examples
+
+
+def texts_of(rollout: Rollout, tokenizer, examples: list[Example]) -> list[str]:
+    """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
+    G, texts = len(rollout.lengths) // len(examples), []
+    for b, (ids, truncated) in enumerate(zip(rollout.responses(), rollout.truncated.tolist())):
+        written = ids if truncated else ids[:-1]
+        texts.append(examples[b // G].opening + tokenizer.decode(written, clean_up_tokenization_spaces=False))
+    return texts
 
 
 def rollout_metrics(rollout: Rollout, verified, rewards, confidence, advantages, beta: float) -> dict:
@@ -590,10 +681,14 @@ def evaluate(policy, tokenizer, eos_ids: list[int], examples: list[Example], rew
 
     def respond(k: int, temperature: float):  # the responses, rewards (examples, k)
         responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
-        for start in tqdm(range(0, len(examples), size), desc="evaluating", leave=False):
-            prompts = [example.ids for example in examples[start:start + size]]
+        bar = tqdm(total=len(examples), desc=f"evaluating, {k} each", leave=False)
+        for start in range(0, len(examples), size):
+            batch = examples[start:start + size]
+            prompts = [example.ids for example in batch]
             rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
-            responses += tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
+            responses += texts_of(rollout, tokenizer, batch)
+            bar.update(len(batch))
+        bar.close()
         return responses, score_responses(reward, responses, examples)[0]
 
     greedy, rewards = respond(1, temperature=0)
@@ -618,13 +713,27 @@ def writing(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch.save on a full disk
+    except UserError:
+        raise
+    except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
         reason = getattr(error, "strerror", None) or f"the disk may be full ({error})"
         raise UserError(f"{path} cannot be written: {reason}; make room or change --output-dir")
 
 
+def claim(out: Path) -> FileLock:
+    """Keeps other runs out of the folder while the lock is referred to. Raises UserError if one is in it."""
+    with writing(out / ".lock"):
+        try:
+            lock = FileLock(out / ".lock", is_singleton=True)
+            lock.acquire(timeout=0)
+            return lock
+        except Timeout:
+            raise UserError(f"--output-dir {out}: another run is writing there; choose another")
+
+
 def append(path: Path, rows: list[dict]):
-    with writing(path), open(path, "a", encoding="utf-8") as file:
+    # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
+    with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -637,15 +746,19 @@ def replace_file(path: Path, write):
 
 def until_interrupted(steps):
     """Yields steps. Ctrl-C or SIGTERM finishes the current step, then stops; a second one stops at once."""
-    signals = []
+    signals, previous, owner = [], {}, os.getpid()
 
     def handler(number, frame):
+        if os.getpid() != owner:  # a process that the reward function has forked
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield from itertools.takewhile(lambda step: not signals, steps)
     finally:
@@ -653,33 +766,65 @@ def until_interrupted(steps):
             signal.signal(number, old)
 
 
+def load_checkpoint(out: Path, config: Config) -> dict:
+    """The state that train saved in out. Raises UserError if it is damaged, or the config another."""
+    try:
+        state = torch.load(out / "checkpoint/state.pt", map_location="cpu", weights_only=True)
+    except Exception:  # whatever the reader of a damaged file raises
+        raise UserError(f"--resume: the checkpoint in {out} is damaged: begin anew in another --output-dir")
+    free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
+    for name, was in state["config"].items():
+        if name not in free and was != (now := getattr(config, name)):
+            raise UserError(f"--resume: the run has another --{name.replace('_', '-')}: {was}, not {now}")
+    return state
+
+
 def train(config: Config) -> dict:
     """Trains, evaluates and saves as config says; returns the last evaluation's metrics. Raises UserError."""
+    own = OWN_DEFAULTS | {"output_dir": f"runs/{Path(str(config.model)).resolve().name}"}
+    config = replace(config, **given_or(config, own if config.model else TASK_DEFAULTS))
+    for name in ("model", "train_data", "eval_data", "output_dir"):
+        setattr(config, name, (path := getattr(config, name)) and os.path.expanduser(path))
     check(config)
-    WARNED.clear()
-    out, reward = Path(config.output_dir), load_reward(config.reward)
-    if not (config.model or config.resume):
+    out = Path(config.output_dir).resolve()  # the reward function may change the working folder
+    state = load_checkpoint(out, config) if config.resume else None
+    reward = load_reward(config.reward)
+    if not (config.model or state):
+        lock = claim(out)
         write_task(out, config)
-    source = config.model or out / "task/model"
+    source = config.model or str(out / "task/model")
     policy, tokenizer, eos_ids = load_model(source, config.device)
     ref_model = load_model(source, config.device)[0] if config.kl_coef else None
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-    context = getattr(policy.config, "max_position_embeddings", sys.maxsize)
-    examples = load_examples(config.train_data or out / "task/train.jsonl", tokenizer, config, context)
+    examples = load_examples(config.train_data or out / "task/train.jsonl", tokenizer, config)
     eval_data = config.eval_data if config.model else out / "task/eval.jsonl"
-    held_out = load_examples(eval_data, tokenizer, config, context)[:config.eval_rows] if eval_data else []
+    held_out = load_examples(eval_data, tokenizer, config)[:config.eval_rows] if eval_data else []
+    data = zlib.crc32(repr([examples, held_out]).encode())
+    lock = claim(out)
+    tokens = len(held_out) * (1 + config.eval_samples) * config.max_new_tokens
+    print(f"{config.device}, {torch.get_num_threads()} threads, {policy.num_parameters() / 1e6:.1f}M "
+          f"parameters, {len(examples)} prompts; an evaluation takes up to {tokens:,} tokens: "
+          f"{len(held_out)} --eval-rows, each greedy and {config.eval_samples} --eval-samples, of "
+          f"--max-new-tokens {config.max_new_tokens}")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
 
+    def report():
+        for example, (response, _) in zip(held_out[:1], after[1]):
+            values = ", ".join(f"{name[len('eval/'):]} {value:.3f}" for name, value in after[0].items())
+            tqdm.write(f"step {step}: {values}\n  {example.prompt[-40:]!r} -> {response[-60:]!r}")
+
     def save():
         state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                 "before": before, "after": after, "log_sizes": [log.stat().st_size for log in logs]}
+                 "before": before, "after": after, "config": asdict(config), "data": data,
+                 "log_sizes": [log.stat().st_size for log in logs]}
         replace_file(out / "config.json", lambda path: path.write_text(json.dumps(asdict(config), indent=2)))
         replace_file(out / "checkpoint/state.pt", lambda path: torch.save(state, path))
 
-    if config.resume:
-        state = torch.load(out / "checkpoint/state.pt", map_location=config.device, weights_only=True)
+    if state:
+        if state["data"] != data:
+            raise UserError("--resume: the training or evaluation data are not those that the run began with")
         policy.load_state_dict(state.pop("policy"))
         optimizer.load_state_dict(state.pop("optimizer"))
         step, before, after = state["step"], state["before"], state["after"]
@@ -687,11 +832,13 @@ def train(config: Config) -> dict:
             os.truncate(log, size)  # the steps after the checkpoint will be taken, and logged, again
     else:
         step, (before, after) = 0, [evaluate(policy, tokenizer, eos_ids, held_out, reward, config)] * 2
+        report()
         append(metrics_log, [{"step": 0} | before[0]])
         append(samples_log, [])  # makes the file, whose size the checkpoint notes
         save()
 
-    bar = tqdm(range(step + 1, config.steps + 1), desc="training", initial=step, total=config.steps)
+    bar = tqdm(range(step + 1, config.steps + 1), initial=step, total=config.steps,
+               bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
     for step in until_interrupted(bar):
         # Every random number of a step follows from (seed, step), so a resumed run repeats an unbroken one.
         set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
@@ -701,30 +848,28 @@ def train(config: Config) -> dict:
             policy, tokenizer, eos_ids, optimizer, [examples[i] for i in indices], reward, config, ref_model)
         if step % config.eval_every == 0 or step == config.steps:
             after = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
+            report()
             metrics |= after[0]
         append(metrics_log, [{"step": step, "lr": lr} | metrics])
         append(samples_log, [{"step": step} | row for row in samples[:config.group_size]])
-        shown = ["reward/verified", "entropy", "preference/agreement", *after[0]]
-        bar.set_postfix({name.split("/")[-1]: f"{(after[0] | metrics)[name]:.2f}" for name in shown})
+        shown = {"acc": (after[0] | metrics).get("eval/accuracy"), "reward": metrics["reward/verified"],
+                 "entropy": metrics["entropy"], "agree": metrics["preference/agreement"]}
+        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None})
         if metrics["length/truncated_frac"] > 0.5:
-            warn_once("truncated", f"step {step}: over half of the responses were cut at --max-new-tokens "
-                                   f"{config.max_new_tokens}; raise it if answers get lost")
+            LOGGER.warning_once(f"\nover half of the responses were cut at --max-new-tokens "
+                                f"{config.max_new_tokens}; raise it if answers get lost")
         if step % config.save_every == 0 and step < config.steps:
             save()
     save()
     if step < config.steps:
         raise KeyboardInterrupt
 
-    policy.generation_config.do_sample = True  # without it, transformers refuses to save a temperature
+    policy.config = policy.config_to_save
     with writing(out / "model"):
         policy.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
     for name, value in after[0].items():
         print(f"{name}: {before[0][name]:.3f} before, {value:.3f} after ({len(held_out)} held-out prompts)")
-    if held_out:
-        i = max(range(len(held_out)), key=lambda i: after[1][i][1] - before[1][i][1])  # the largest gain
-        print(f"{held_out[i].prompt}   (answer: {held_out[i].reference})\n  before: {before[1][i][0]}\n"
-              f"  after:  {after[1][i][0]}")
     print(f"model: {out / 'model'}\nlog: {metrics_log}, {samples_log}")
     return after[0]
 
@@ -739,9 +884,12 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
 
 def write_task(out: Path, config: Config):
     """Writes sums to out/task, and a tiny Qwen2 taught to forget the carry: it is sure of wrong sums [O]."""
-    if any(out.glob("*")):
-        names = (Path(f"{out}-{n}") for n in itertools.count(1))
-        print(f"the earlier run in {out} is now {out.rename(next(x for x in names if not x.exists()))}")
+    if earlier := [*out.glob("[!.]*")]:
+        aside = next(x for n in itertools.count(1) if not (x := Path(f"{out}-{n}")).exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        print(f"the earlier run in {out} is now in {aside}")
     set_seed(config.seed)
     # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
     vocabulary = {character: i for i, character in enumerate(sorted(ByteLevel.alphabet()))}
@@ -778,18 +926,23 @@ def main(arguments: list[str] | None = None) -> int:
     comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know what a model writes
+    config = Config(**vars(parser.parse_args(arguments)))
+    if not config.model:
+        torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     try:
-        train(Config(**vars(parser.parse_args(arguments))))
+        train(config)
         return 0
     except KeyboardInterrupt:
         tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
         return 130
-    except (UserError, OSError, TemplateError) as error:  # of a chat template: "System role not supported"
+    except (UserError, OSError) as error:
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate memory|MemoryError", repr(error)):
             raise
-        message = "out of memory: lower --micro-batch, --max-new-tokens, or add --gradient-checkpointing"
+        message = ("out of memory: lower --micro-batch or add --gradient-checkpointing, as --resume allows, "
+                   "or begin anew with a lower --max-new-tokens or --prompts-per-step")
     print(f"icpo.py: error: {message}", file=sys.stderr)
     return 2
 

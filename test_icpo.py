@@ -6,6 +6,7 @@ enumeration, or transformers' own generate and forward. results/test_verdicts.py
 
 import contextlib
 import copy
+import importlib
 import inspect
 import itertools
 import json
@@ -20,7 +21,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +31,12 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import warning_once
 
 import icpo
 from icpo import (Config, group_advantage, icpo_advantage, policy_loss, preference_advantage, sample,
                   sequence_log_prob, token_log_probs)
-from verify import is_equivalent
+from verify import is_equivalent, verify
 
 # One thread, here and in the runs started here: several that wait for each other crawl where something else runs too.
 torch.set_num_threads(1)
@@ -499,7 +503,9 @@ def test_gradient_does_not_depend_on_micro_batches_row_order_or_skipped_rows(mod
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradient(model):
+@pytest.mark.parametrize("make", [qwen2, gpt2])
+def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradient(make):
+    model = scaled(lambda: AutoModelForCausalLM.from_config(icpo.quietened(make().config)))
     rollout, advantages = draw(model), torch.randn(12)
     expected, _ = update_gradient(model, rollout, advantages)
     calls = []
@@ -748,9 +754,9 @@ def test_prompts_go_through_the_chat_template_and_tokens(tiny, tmp_path):
     model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
     assert eos_ids == [257] and model.dtype == torch.float32
     data = str(write_jsonl(tmp_path / "data.jsonl", [{"prompt": "2+2 is 4", "answer": "\\boxed{4}"}]))
-    example, = icpo.load_examples(data, tokenizer, Config(system_prompt="S", prompt_suffix="!"), 1000)
+    example, = icpo.load_examples(data, tokenizer, Config(max_new_tokens=9, system_prompt="S", prompt_suffix="!"), 1000)
     assert tokenizer.decode(example.ids) == "[system]S[user]2+2 is 4![assistant]" and example.reference == "4"
-    example, = icpo.load_examples(data, tokenizer, Config(prompt_suffix="!", no_chat_template=True), 1000)
+    example, = icpo.load_examples(data, tokenizer, Config(max_new_tokens=9, prompt_suffix="!", no_chat_template=True), 1000)
     assert tokenizer.decode(example.ids) == "2+2 is 4!" and 256 in example.ids
 
 
@@ -792,21 +798,22 @@ def test_every_example_once_an_epoch():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
 
 
-def test_failing_rewards_score_zero_are_counted_and_shown_once(capfd):
+def test_failing_rewards_score_zero_are_counted_and_shown_once(caplog):
     class Reward(dict):  # without a hash
         def __call__(self, response, reference):
             return self[response]
 
     reward = Reward(a=1.0, b=math.nan, c="no number", d=1e300)
     for responses, shown in (("abcdea", "the reward is nan"), ("acbdea", "'no number'"), ("adbcea", "overflow")):
-        icpo.WARNED.clear()
+        warning_once.cache_clear()
+        caplog.clear()
         for _ in range(2):
             rewards, failed = icpo.score_responses(reward, list(responses), [icpo.Example("", "r", [])] * 3)
-            assert rewards.tolist() == [[1, 0], [0, 0], [0, 1]] and failed == 4
-        err = capfd.readouterr().err
-        assert err.count(shown) == err.count("Traceback") == 1
+            assert rewards.tolist() == [[1, 0], [0, 0], [0, 1]] and len(failed) == 4 and "KeyError('e')" in failed
+        assert caplog.text.count(shown) == caplog.text.count("Traceback") == 1
 
 
+BROKEN_TEMPLATES = ["{{none+1}}", "{{1/0}}", "{{messages[9].content}}", "{%if%}", "{{messages.no()}}"]
 BAD = [
     ("--group-size 1", "--group-size 1: must be at least 2"), ("--alpha 0.5", "below 1/2"), ("--alpha -1", "-1"),
     ("--steps 0", "--steps 0"), ("--beta 0", "--beta"), ("--lr nan", "--lr nan: must be above 0"),
@@ -820,6 +827,10 @@ BAD = [
     ("--train-data list.jsonl", "line 1: needs a string"), ("--train-data number.jsonl", "line 1: needs a string"),
     ("--train-data null.jsonl", "line 1: needs a string"), ("--output-dir runs/addition", "not empty"),
     ("--train-data empty.jsonl", "no usable row"), ("--train-data latin.jsonl", "utf-8"),
+    ("--train-data table.csv", "table.csv, line 1: not JSON"), ("--train-data table.csv", "give JSON Lines, an object a line"),
+    ("--train-data array.json", "has a list; set --prompt-key"), ("--train-data empty.jsonl", "no usable row of 0"),
+    ("--train-data surrogate.jsonl", "line 1: "), ("--reward leaves:f", "SystemExit"),
+    *((f"--model broken --system-prompt {template}", "the chat template fails") for template in BROKEN_TEMPLATES),
     ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
     ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
     ("--model gemma --system-prompt x", "System role not supported"),
@@ -832,10 +843,16 @@ def test_bad_input_gets_one_line_and_writes_nothing(tiny, tmp_path, monkeypatch,
     good = {"prompt": "1+1=", "answer": "2"}
     for name, text in {"good": json.dumps(good), "broken": f"{json.dumps(good)}\n\n{{oops\n", "empty": "\n",
                        "keys": f'{json.dumps(good)}\r\n{{"prompt": "1", "reply": "1"}}', "list": "[1]", "null": "null",
-                       "number": '{"prompt": 1, "answer": 1}'}.items():
+                       "number": '{"prompt": 1, "answer": 1}',
+                       "surrogate": '{"prompt": "\\ud800", "answer": "1"}'}.items():
         (tmp_path / f"{name}.jsonl").write_text("\ufeff" * (name == "good") + text, encoding="utf-8")
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(good).encode() + b"\n\xe9")
     (tmp_path / "bad.py").write_text("def f(")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit()")
+    (tmp_path / "table.csv").write_text("prompt,answer\n1+1=,2\n")
+    (tmp_path / "array.json").write_text(json.dumps([good]))
+    shutil.copytree(tiny, tmp_path / "broken")
+    (tmp_path / "broken/chat_template.jinja").write_text(flags.rpartition("--system-prompt ")[2])
     (tmp_path / "runs" / "addition" / "task").mkdir(parents=True)
     shutil.copytree(tiny, tmp_path / "code")
     (tmp_path / "code/config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
@@ -890,12 +907,9 @@ def test_a_model_that_samples_otherwise_than_it_scores_is_refused(tiny, tmp_path
     model.generation_config = transformers.GenerationConfig()
     scaled(lambda: model).save_pretrained(tmp_path / "model")
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1" * n, "answer": "1"} for n in range(1, 9)])
-    (tmp_path / "length.py").write_text("def reward(response, reference):\n    return len(response) % 2\n")
-    monkeypatch.chdir(tmp_path)
-    assert "nats a token" in error_of(
-        capfd, "--model", tmp_path / "model", "--train-data", data, "--max-new-tokens", 8, "--reward", "length:reward",
-        "--output-dir", tmp_path / "run", "--device", "cpu", "--steps", 1, "--prompts-per-step", 8)
-    assert len(rows_of(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert "nats a token" in error_of(capfd, "--model", tmp_path / "model", "--train-data", data, "--max-new-tokens", 8,
+                                      "--output-dir", tmp_path / "run", "--device", "cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_cannot_be_sampled_from_is_one_line(tiny, tmp_path, capfd):
@@ -1030,10 +1044,11 @@ def test_no_room_or_no_folder_for_the_task_or_a_lost_log_is_one_line(task, tmp_p
     assert f"{tmp_path / 'lost' / 'samples.jsonl'}: No such file" in error
 
 
-def test_truncation_is_told_once_a_run_and_noise_flips(task, tmp_path, capfd):
+def test_truncation_is_told_once_and_noise_flips(task, tmp_path, caplog):
+    warning_once.cache_clear()
     for name in "ab":
         assert run(*short_run(task, tmp_path / name, "--max-new-tokens", 5, "--steps", 3, "--reward-noise", 1)) == 0
-        assert capfd.readouterr().err.count("were cut at --max-new-tokens 5") == 1
+    assert caplog.text.count("were cut at --max-new-tokens 5") == 1
     assert all(row["reward/mean"] == 1 - row["reward/verified"] for row in rows_of(tmp_path / "b/metrics.jsonl")[1:])
 
 
@@ -1054,6 +1069,309 @@ def test_out_of_memory_names_the_flags(task, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(icpo, "update", lambda *args: torch.empty(2**50))
     assert run(*short_run(task, tmp_path / "run")) == 2
     assert "lower --micro-batch" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- What people bring, and meet
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def saved(folder, template=None, plain=(), special=(), make=Qwen2ForCausalLM, config=None, **changes):
+    """A tiny model with a byte-level tokenizer, saved in the folder; the tokenizer."""
+    vocabulary = {character: i for i, character in enumerate(sorted(icpo.ByteLevel.alphabet()))}
+    tokenizer = icpo.Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
+    tokenizer.add_tokens([transformers.AddedToken(token, special=False) for token in plain])
+    tokenizer.add_tokens([transformers.AddedToken(token, special=True) for token in special])
+    tokenizer.chat_template = template
+    torch.manual_seed(0)
+    shape = SHAPE | dict(vocab_size=len(tokenizer), max_position_embeddings=256, eos_token_id=256) | changes
+    make(config or Qwen2Config(**shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def texts(tokenizer, responses, opening="", truncated=False):
+    """What the reward gets of one-token prompts and these responses."""
+    lengths = torch.tensor([len(ids) for ids in responses])
+    ids = icpo.padded([[5, *ids] for ids in responses], "cpu")
+    rollout = icpo.Rollout(ids, torch.ones_like(lengths), lengths, torch.full((len(lengths),), truncated),
+                           *torch.zeros(2, len(lengths), int(lengths.max())))
+    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)] * len(responses))
+
+
+def test_the_reward_sees_what_the_model_wrote_without_the_token_that_ends_it(tmp_path):
+    tokenizer = saved(tmp_path, plain=["<|im_end|>"], special=["<think>", "</think>", "<answer>", "</answer>"])
+    written = "<think>3 + 4 .</think><answer>7</answer>"
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        ids = tokenizer(written + end).input_ids
+        assert texts(tokenizer, [ids, ids[-1:]]) == [written, ""]
+        assert texts(tokenizer, [ids], truncated=True) == [written + end]  # the last token did not end it
+
+
+@pytest.mark.parametrize("end, opening", [("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n</think>\n\n", "")])
+def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, end, opening):
+    tokenizer = saved(tmp_path, template=CHATML.replace("assistant\n{% endif", f"assistant\n{end}{{% endif"))
+    tokenizer = icpo.load_model(str(tmp_path), "cpu")[1]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "Write <think> first.", "answer": "7"}])
+    example, = icpo.load_examples(str(data), tokenizer, Config(model="m", max_new_tokens=9))
+    assert example.opening == opening
+    cut, = texts(tokenizer, [tokenizer("maybe 3+4=7").input_ids], example.opening, truncated=True)
+    assert cut == opening + "maybe 3+4=7" and verify(cut, "7") is (opening == "")
+
+
+@pytest.mark.parametrize("kind", ["plain", "special"])
+def test_the_token_that_closes_a_message_ends_a_response(tmp_path, kind):
+    tokenizer = saved(tmp_path, template=CHATML, **{kind: ["<|im_start|>", "<|im_end|>"]})
+    ends = {256, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    assert set(icpo.load_model(str(tmp_path), "cpu")[2]) == ends
+    for template in ("{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}", "{{ 1 / 0 }}", None):
+        tokenizer.chat_template = template
+        assert icpo.closing_token(tokenizer) == set()
+
+
+def test_a_prompt_begins_once_and_does_not_end(tmp_path):
+    tokenizer = saved(tmp_path, special=["<s>", "</s>"])
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    bos, eos = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    plain, config = tokenizer("2+2").input_ids, Config(max_new_tokens=9)
+    processor = importlib.import_module("tokenizers.processors").TemplateProcessing
+    for single in ("$A", "<s> $A", "$A </s>", "<s> $A </s>"):
+        tokenizer.backend_tokenizer.post_processor = processor(single=single, special_tokens=[("<s>", bos), ("</s>", eos)])
+        begun = [bos] if "<s>" in single else []
+        assert icpo.prompt_ids("2+2", tokenizer, config) == begun + plain
+        assert icpo.prompt_ids("<s>2+2", tokenizer, config) == [bos, *plain]
+
+
+@pytest.mark.parametrize("failure", ["1 / 0", "sys.exit()", "[1.0]", "float('nan')"])
+def test_a_reward_that_always_fails_at_first_ends_the_run_and_later_only_counts(tiny, tmp_path, monkeypatch, capfd, failure):
+    module = f"failing_{abs(hash(failure))}"
+    (tmp_path / f"{module}.py").write_text(
+        f"import sys\ncalls = []\ndef always(response, reference):\n    return {failure}\n"
+        f"def later(response, reference):\n    calls.append(1)\n    return {failure} if len(calls) > 4 else len(calls) % 2\n")
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    flags = ["--model", tiny, "--train-data", data, "--max-new-tokens", 4, "--steps", 3, "--prompts-per-step", 1,
+             "--group-size", 4, "--device", "cpu"]
+    error = error_of(capfd, *flags, "--output-dir", "a", "--reward", f"{module}:always")
+    assert "all 4 calls of the first step failed" in error
+    assert run(*flags, "--output-dir", "b", "--reward", f"{module}:later") == 0
+    assert [row.get("reward/errors") for row in rows_of(tmp_path / "b/metrics.jsonl")] == [None, 0, 4, 4]
+
+
+def test_references_reach_the_reward_as_they_are_in_the_file(tiny, tmp_path):
+    tokenizer = icpo.load_model(str(tiny), "cpu")[1]
+    values = [72, 0.5, True, [12, 13], ["a"], {"target": 5, "numbers": [2, None]}, "so\n#### 18", "plain"]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "q", "answer": value} for value in values])
+    examples = icpo.load_examples(str(data), tokenizer, Config(model="m", max_new_tokens=8))
+    assert [example.reference for example in examples] == [*values[:-2], "18", "plain"]
+    assert verify("The answer is 12, 13", [12, 13]) and not verify("The answer is 12", [12, 13]) and verify("7", ["7"])
+
+
+@pytest.mark.parametrize("settings", [
+    {"early_stopping": True}, {"length_penalty": 0.6}, {"output_scores": True}, {"pad_token_id": -1},
+    {"temperature": 0.9}, {"top_k": 7, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_what_could_not_be_saved_is_mended_before_the_first_step(tiny, tmp_path, settings, place):
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [257, 9]}')
+    path = tmp_path / "model" / place
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    assert run("--model", tmp_path / "model", "--train-data", data, "--max-new-tokens", 4, "--steps", 1, "--device", "cpu",
+               "--output-dir", tmp_path / "run") == 0
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").generation_config.eos_token_id
+    assert {257, 9} <= set(ends)
+
+
+def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, capfd):
+    flags = ["--train-data", "x.jsonl", "--device", "cpu", "--output-dir", tmp_path / "run"]
+    for name, make, message in (("classifier", transformers.Qwen2ForSequenceClassification, "no weights in it for lm_head"),
+                                ("body", transformers.Qwen2Model, "no weights in it for lm_head")):
+        saved(tmp_path / name, make=make, tie_word_embeddings=False)
+        assert message in error_of(capfd, "--model", tmp_path / name, *flags)
+    saved(tmp_path / "short", vocab_size=250)
+    assert "ids up to 256, its embedding only 250 rows" in error_of(capfd, "--model", tmp_path / "short", *flags)
+    bert = transformers.BertConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                   num_attention_heads=4)
+    saved(tmp_path / "bert", make=transformers.BertForMaskedLM, config=bert)
+    assert "nats a token" in error_of(capfd, "--model", tmp_path / "bert", *flags)
+
+
+WRONG_MODELS = {"run": "the folder of a run: its model is in run/model", "run/checkpoint": "the model is in run/model",
+                "bare": "without a tokenizer", "adapter": "a LoRA adapter: merge it", "m.gguf": "a file: give the folder",
+                "~/absent": "/absent: no such folder", "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
+
+
+@pytest.mark.parametrize("given", WRONG_MODELS)
+def test_what_people_give_for_a_model_is_told_what_it_is(tiny, tmp_path, monkeypatch, capfd, given):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/model", "bare", "adapter"):
+        shutil.copytree(tiny, tmp_path / name)
+    for path in (tmp_path / "bare").glob("*token*"):
+        path.unlink()
+    (tmp_path / "run/config.json").write_text("{}")
+    (tmp_path / "run/checkpoint").mkdir()
+    (tmp_path / "run/checkpoint/state.pt").write_text("")
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert WRONG_MODELS[given] in error_of(capfd, "--model", given, "--train-data", "x.jsonl", "--device", "cpu")
+
+
+def test_a_home_folder_and_an_unwritable_one(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(icpo, "evaluate", None)  # it is not reached
+    shutil.copytree(tiny, tmp_path / "mine")
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    flags = ["--model", "~/mine", "--train-data", "~/data.jsonl", "--max-new-tokens", 4, "--device", "cpu"]
+    assert "/proc/run/.lock cannot be written" in error_of(capfd, *flags, "--output-dir", "/proc/run")
+
+
+def test_a_reward_that_changes_the_folder_leaves_the_run_where_it_was(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moving.py").write_text("import os, torch\nos.chdir('elsewhere')\ntorch.set_grad_enabled(False)\n"
+                                        "def f(response, reference):\n    os.chdir('/')\n    return len(response) % 2\n")
+    write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    try:  # the module also turns gradients off, for everyone
+        assert run("--model", tiny, "--train-data", "data.jsonl", "--eval-data", "data.jsonl", "--max-new-tokens", 4,
+                   "--steps", 2, "--reward", "moving:f", "--output-dir", "run", "--device", "cpu") == 0
+    finally:
+        torch.set_grad_enabled(True)
+    assert (tmp_path / "run/model/config.json").exists() and len(rows_of(tmp_path / "run/metrics.jsonl")) == 3
+
+
+def test_one_run_a_folder(tiny, tmp_path, capfd):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    flags = ["--max-new-tokens", 4, "--steps", 1, "--device", "cpu", "--output-dir", tmp_path / "run"]
+    own = ["--model", tiny, "--train-data", data]
+    lock = icpo.claim(tmp_path / "run")
+    another = f"import icpo; icpo.main({list(map(str, [*own, *flags]))})"
+    shown = subprocess.run([sys.executable, "-c", another], cwd=ROOT, capture_output=True, text=True)
+    assert "another run is writing there" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
+    lock.release()
+    assert run(*own, *flags) == 0 and run(*own, *flags, "--resume", "--steps", 2) == 0
+    assert "no checkpoint" in error_of(capfd, *own, *flags[:-1], tmp_path / "other", "--resume")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_that_a_reward_forks_die_of_a_signal(number):
+    for step in icpo.until_interrupted([1, 2]):
+        if (child := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.1)
+        os.kill(child, number)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+    assert step == 2
+
+
+def test_training_in_a_thread(tiny, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    config = Config(model=tiny, train_data=data, output_dir=tmp_path / "run", steps=1, max_new_tokens=4, device="cpu")
+    thread = threading.Thread(target=icpo.train, args=[config])
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run/model/config.json").exists()
+
+
+def test_resume_needs_the_data_and_a_whole_checkpoint(tiny, tmp_path, capfd):
+    paths = [write_jsonl(tmp_path / name, [{"prompt": "1", "answer": "1"}] * 2) for name in ("train", "eval")]
+    flags = ["--model", tiny, "--train-data", paths[0], "--eval-data", paths[1], "--max-new-tokens", 4, "--device", "cpu",
+             "--output-dir", tmp_path / "run", "--steps"]
+    assert run(*flags, 1) == 0
+    for path, rows in itertools.product(paths, ([("1", "1")], [("1", "1"), ("1", "2")], [("1", "1")] * 3)):
+        whole = path.read_bytes()
+        write_jsonl(path, [{"prompt": prompt, "answer": answer} for prompt, answer in rows])
+        assert "data are not those" in error_of(capfd, *flags, 2, "--resume")
+        path.write_bytes(whole)
+    checkpoint = tmp_path / "run/checkpoint/state.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:999])
+    assert "is damaged" in error_of(capfd, *flags, 2, "--resume")
+
+
+def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, tmp_path, monkeypatch):
+    later = replace(Config(), model="some/model")
+    assert (later.steps, later.max_new_tokens, later.micro_batch, later.lr, later.output_dir) == (500, 512, 8, 1e-6, None)
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    config = Config(steps=1, device="cpu", max_new_tokens=4)
+    config.model, config.train_data = str(tiny), str(data)
+    icpo.train(config)
+    row = rows_of(tmp_path / "runs" / tiny.name / "metrics.jsonl")[1]
+    assert row["lr"] == pytest.approx(1e-6 / 5) and config.output_dir is None
+
+
+SMALLER = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, max_position_embeddings=64, eos_token_id=7, bos_token_id=None, pad_token_id=0)
+GEMMA3 = dict(text_config=SMALLER | dict(head_dim=8, sliding_window=32), image_token_index=291, boi_token_index=292,
+              eoi_token_index=293, mm_tokens_per_image=4, eos_token_id=7,
+              vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+                                 image_size=28, patch_size=14))
+AS_LOADED = {  # images; experts that return router logits, and add noise to their input in training; dropout by function
+    "Gemma3ForConditionalGeneration": transformers.Gemma3Config(**GEMMA3),
+    "MixtralForCausalLM": transformers.MixtralConfig(**SMALLER, num_local_experts=4, output_router_logits=True,
+                                                     router_jitter_noise=0.3),
+    "Qwen2ForCausalLM": Qwen2Config(**SMALLER, output_hidden_states=True, return_dict=False),
+    "OPTForCausalLM": transformers.OPTConfig(**SMALLER, ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5),
+    "FalconForCausalLM": transformers.FalconConfig(**SMALLER, attention_dropout=0.1, hidden_dropout=0.1, alibi=False),
+    "MptForCausalLM": transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, resid_pdrop=0.1,
+                                             emb_pdrop=0.1)}
+
+
+@pytest.mark.parametrize("name", AS_LOADED)
+def test_loaded_models_train_without_dropout_or_extras_and_are_saved_as_they_were(tmp_path, name):
+    saved(tmp_path / "model", make=getattr(transformers, name), config=copy.deepcopy(AS_LOADED[name]))
+    model, _, eos_ids = icpo.load_model(str(tmp_path / "model"), "cpu")
+    rollout = draw(scaled(lambda: model), eos_ids=eos_ids)
+    model.gradient_checkpointing_enable()  # puts layers into training mode
+    metrics = icpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollout, torch.randn(12), settings())
+    assert metrics["sampling/logp_difference"] < 1e-4 and metrics["grad_norm"] > 0
+    model.config_to_save.save_pretrained(tmp_path / "again")
+    first, again = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("model", "again"))
+    changed = {key for key in first if first[key] != again.get(key)}
+    assert changed <= {"dtype", "text_config", "vision_config"}, changed
+
+
+def test_the_built_in_task_runs_on_one_thread(monkeypatch):
+    seen = []
+    monkeypatch.setattr(icpo, "train", lambda config: seen.append(torch.get_num_threads()))
+    for flags in ([], ["--model", "m", "--train-data", "d"]):
+        torch.set_num_threads(2)
+        assert run(*flags) == 0
+    torch.set_num_threads(1)
+    assert seen == [1, 2]
+
+
+def test_what_a_run_shows_fits_80_columns_and_tells_what_it_does(task, tmp_path):
+    command = [sys.executable, icpo.__file__, *short_run(task, tmp_path / "run", "--steps", 2, "--eval-every", 1,
+                                                         "--max-new-tokens", 5, "--eval-samples", 2)]
+    shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
+    assert shown.returncode == 0 and "Loading weights" not in shown.stderr and "model shards" not in shown.stderr
+    assert "cpu, 1 threads, 0.3M parameters, 7076 prompts; an evaluation takes up to 60 tokens: 4 --eval-rows" in shown.stdout
+    steps = re.findall(r"step (\d): accuracy \d.\d{3}, mean_at_k \d.\d{3}, pass_at_k \d.\d{3}\n  '\d\d\+\d\d=' -> '.", shown.stdout)
+    assert steps == ["0", "1", "2"]
+    bars = [line for line in re.split(r"[\r\n]", shown.stderr) if "acc=" in line]
+    assert bars and all(len(line) <= 80 and re.search(r"acc=\d\.\d\d, reward=\d\.\d\d, entropy=\d", line) for line in bars)
+    assert shown.stderr.count("over half of the responses were cut") == 1
+
+
+def test_lone_surrogates_and_narrow_terminals(tiny, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "caf\\u00e9 =", "answer": "\\ud800"}\n')
+    flags = ["--model", tiny, "--train-data", data, "--eval-data", data, "--max-new-tokens", 4, "--steps", 1, "--device",
+             "cpu", "--eval-samples", 0, "--output-dir", tmp_path / "run"]
+    shown = subprocess.run([sys.executable, icpo.__file__, *map(str, flags)], capture_output=True, text=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert shown.returncode == 0 and "caf\\xe9" in shown.stdout, shown.stderr
+    assert {row["reference"] for row in rows_of(tmp_path / "run/samples.jsonl")} == {"\ud800"}
+
+
+def test_an_old_python_is_told_so():
+    source = Path(icpo.__file__).read_text().split("\nimport contextlib")[0]
+    with pytest.raises(SystemExit, match="Python 3.10; 3.11 or newer"):
+        exec(source.replace("import sys\n", "import types\nsys = types.SimpleNamespace(version_info=(3, 10), exit=exit)\n"),
+             {"exit": sys.exit})
 
 
 # ----------------------------------------------------------------------------------------------------------- Verifier

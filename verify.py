@@ -419,7 +419,10 @@ COUNTED = re.compile(rf"""([-+]?(?:\\?\$)?[0-9.,/ ]* (?:\\frac\ ?\{{[0-9]+\}}\ ?
 
 
 def readable(reference) -> str:
-    """A reference as text, "" if nothing equals it: None, NaN, empty text, a marker empty or not closed."""
+    """A reference, or a list of them, as text; "" if nothing equals it: None, NaN, empty text, a marker empty
+    or not closed."""
+    if isinstance(reference, (list, tuple)):
+        return ", ".join(map(readable, reference))
     if isinstance(reference, (int, float)):
         return str(reference) if abs(reference) < 2**MAX_BITS else ""
     inside = marked(reference) if isinstance(reference, str) else ""

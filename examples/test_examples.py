@@ -30,13 +30,18 @@ README = (FOLDER.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_blocks_of_the_readme(block):
+def test_blocks_of_the_readme(block, sums, tmp_path, monkeypatch):
+    (tmp_path / "runs/addition").mkdir(parents=True)
+    (tmp_path / "runs/addition/task").symlink_to(sums)
+    monkeypatch.chdir(tmp_path)
     for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
         pytest.importorskip(module)
     names = {}
     exec(block, names)
     if "strict" in names:
         assert names["strict"]("so \\boxed{5}", "5") and not names["strict"]("so 5", "5")
+    elif "metrics" in names:
+        assert names["metrics"]["reward/errors"] == 0 and len(names["samples"]) == 128
     else:
         assert names["advantages"].shape == (32,)
 
@@ -125,7 +130,6 @@ assert not left, f"threads that may abort the exit: {left}"
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
     """The built-in task, warmed up for long enough that responses differ."""
-    pytest.importorskip("trl")
     folder = tmp_path_factory.mktemp("sums") / "run"
     icpo.write_task(folder, icpo.Config(task_warmup_steps=400, task_teacher_error=0.7, device="cpu"))
     return folder / "task"
@@ -134,6 +138,7 @@ def sums(tmp_path_factory):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, tmp_path, processes):
     """Nine groups of four responses: with two processes of 18 rows, the fifth group lies in both."""
+    pytest.importorskip("trl")
     (tmp_path / "keeping.py").write_text(KEEPING)
     launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--multi_gpu",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0] if processes > 1 else []
