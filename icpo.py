@@ -445,13 +445,12 @@ class Config:
 
     def __post_init__(self):
         if self.model:  # the built-in task's are set in train: replace(config, model=...) may come before
-            self.__dict__ |= given_or(self, OWN_DEFAULTS)
+            self.fill_in(OWN_DEFAULTS)
 
-
-def given_or(config: Config, defaults: dict) -> dict:
-    """The defaults, but where the config has another value than None."""
-    return {name: value if getattr(config, name) is None else getattr(config, name)
-            for name, value in defaults.items()}
+    def fill_in(self, defaults: dict):
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
 
 class UserError(Exception):
@@ -488,7 +487,7 @@ def load_reward(spec: str):
     """The reward function f(response, reference) -> float named module:function. Raises UserError."""
     sys.path.append("")
     try:
-        with contextlib.chdir("."):  # a module that changes the folder when it is imported is brought back
+        with contextlib.chdir("."), torch.enable_grad():  # what the module may change here is changed back
             reward = pkgutil.resolve_name(spec)
         if not callable(reward):
             raise TypeError("not a function")
@@ -624,7 +623,7 @@ def load_examples(path: str, tokenizer, config: Config, context: int | None = No
                 raise UserError(f"needs a string {keys[0]!r} and an {keys[1]!r}, has {found}; set "
                                 f"--prompt-key and --answer-key")
             ids = prompt_ids(prompt, tokenizer, config)
-            opening = re.search(r"(<think>\s*)?\Z", tokenizer.decode(ids[-8:]))[0]
+            opening = re.search(r"(<think>\s*)?\Z", tokenizer.decode(ids[-20:]))[0]
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}, line {number}: not JSON: {error}; give JSON Lines, an object a line")
         except UserError as error:
@@ -781,10 +780,12 @@ def load_checkpoint(out: Path, config: Config) -> dict:
 
 def train(config: Config) -> dict:
     """Trains, evaluates and saves as config says; returns the last evaluation's metrics. Raises UserError."""
-    own = OWN_DEFAULTS | {"output_dir": f"runs/{Path(str(config.model)).resolve().name}"}
-    config = replace(config, **given_or(config, own if config.model else TASK_DEFAULTS))
+    config = replace(config)  # a copy, with the defaults of a model that was set after the config was made
     for name in ("model", "train_data", "eval_data", "output_dir"):
-        setattr(config, name, (path := getattr(config, name)) and os.path.expanduser(path))
+        if path := getattr(config, name):
+            setattr(config, name, os.path.expanduser(path))
+    named = {"output_dir": f"runs/{Path(config.model).resolve().name}"} if config.model else TASK_DEFAULTS
+    config.fill_in(named)
     check(config)
     out = Path(config.output_dir).resolve()  # the reward function may change the working folder
     state = load_checkpoint(out, config) if config.resume else None
@@ -811,9 +812,10 @@ def train(config: Config) -> dict:
     logs = metrics_log, samples_log = out / "metrics.jsonl", out / "samples.jsonl"
 
     def report():
-        for example, (response, _) in zip(held_out[:1], after[1]):
-            values = ", ".join(f"{name[len('eval/'):]} {value:.3f}" for name, value in after[0].items())
-            tqdm.write(f"step {step}: {values}\n  {example.prompt[-40:]!r} -> {response[-60:]!r}")
+        if held_out:
+            i = min(range(len(held_out)), key=lambda i: before[1][i][1])  # of those that were wrong at first
+            values = ", ".join(f"{name.split('/')[1]} {value:.3f}" for name, value in after[0].items())
+            tqdm.write(f"step {step}: {values}\n  {held_out[i].prompt[-40:]!r} -> {after[1][i][0][-60:]!r}")
 
     def save():
         state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
@@ -926,7 +928,8 @@ def main(arguments: list[str] | None = None) -> int:
     comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know what a model writes
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know the characters that a model writes
+        sys.stdout.reconfigure(errors="backslashreplace")
     config = Config(**vars(parser.parse_args(arguments)))
     if not config.model:
         torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine

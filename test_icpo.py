@@ -1109,7 +1109,7 @@ def test_the_reward_sees_what_the_model_wrote_without_the_token_that_ends_it(tmp
         assert texts(tokenizer, [ids], truncated=True) == [written + end]  # the last token did not end it
 
 
-@pytest.mark.parametrize("end, opening", [("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n</think>\n\n", "")])
+@pytest.mark.parametrize("end, opening", [("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n", "<think>\n\n"), ("<think>\n\n</think>\n\n", "")])
 def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, end, opening):
     tokenizer = saved(tmp_path, template=CHATML.replace("assistant\n{% endif", f"assistant\n{end}{{% endif"))
     tokenizer = icpo.load_model(str(tmp_path), "cpu")[1]
@@ -1327,7 +1327,8 @@ def test_loaded_models_train_without_dropout_or_extras_and_are_saved_as_they_wer
     model.gradient_checkpointing_enable()  # puts layers into training mode
     metrics = icpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollout, torch.randn(12), settings())
     assert metrics["sampling/logp_difference"] < 1e-4 and metrics["grad_norm"] > 0
-    model.config_to_save.save_pretrained(tmp_path / "again")
+    model.config = model.config_to_save
+    model.save_pretrained(tmp_path / "again")
     first, again = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("model", "again"))
     changed = {key for key in first if first[key] != again.get(key)}
     assert changed <= {"dtype", "text_config", "vision_config"}, changed

@@ -125,6 +125,9 @@ def bare(folder: str, steps: int, setting: dict, clock: Clock) -> None:
 
 def icpo(folder: str, steps: int, setting: dict, clock: Clock) -> None:
     import icpo as project
+    tokenizer = project.AutoTokenizer.from_pretrained(folder)
+    tokenizer.get_vocab = lambda: {"!": 0}  # its end of sequence is out of the model's reach on purpose
+    project.AutoTokenizer.from_pretrained = lambda *args, **kwargs: tokenizer
     sample = project.sample
 
     def timed_sample(model, prompts, group_size, *args):
