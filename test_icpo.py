@@ -672,7 +672,7 @@ def tiny(tmp_path_factory):
                                "{% if add_generation_prompt %}[assistant]{% endif %}")
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(**SHAPE | dict(vocab_size=258, num_hidden_layers=1, max_position_embeddings=256,
-                                                eos_token_id=257))).bfloat16().save_pretrained(folder)
+                                                eos_token_id=257, attention_dropout=0.1))).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"temperature": 0.9}')  # invalid when saved as it is
     return folder
@@ -743,6 +743,7 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     assert {sample["reference"] for sample in samples} <= {str(n) for n in range(0, 18, 2)}
     saved = tmp_path / "run" / "model"
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+    assert policy.config.attention_dropout == 0.1  # it was off while training
     assert policy.dtype == torch.float32 and tokenizer("this").input_ids[-1] == 256
     # float32 masters: two steps of at most 4e-7 would be lost in the checkpoint's bf16, and yet most weights moved
     old = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).state_dict()
@@ -1231,7 +1232,8 @@ def test_a_reward_that_changes_the_folder_leaves_the_run_where_it_was(tiny, tmp_
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "moving.py").write_text("import os, torch\nos.chdir('elsewhere')\ntorch.set_grad_enabled(False)\n"
-                                        "def f(response, reference):\n    os.chdir('/')\n    return len(response) % 2\n")
+                                        "def f(response, reference):\n    os.chdir('/')\n"
+                                        "    torch.set_grad_enabled(False)\n    return len(response) % 2\n")
     write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
     try:  # the module also turns gradients off, for everyone
         assert run("--model", tiny, "--train-data", "data.jsonl", "--eval-data", "data.jsonl", "--max-new-tokens", 4,
@@ -1291,6 +1293,13 @@ def test_resume_needs_the_data_and_a_whole_checkpoint(tiny, tmp_path, capfd):
 
 
 def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(icpo, "load_reward", lambda _: sys.exit("loaded"))
+    monkeypatch.setattr(icpo, "check", lambda config: checked.append(config))
+    checked = []
+    with pytest.raises(SystemExit, match="loaded"):
+        icpo.train(Config(lr=0.5))
+    assert [(c.steps, c.max_new_tokens, c.micro_batch, c.lr, c.output_dir) for c in checked] == [(60, 32, 128, 0.5, "runs/addition")]
+    monkeypatch.undo()
     later = replace(Config(), model="some/model")
     assert (later.steps, later.max_new_tokens, later.micro_batch, later.lr, later.output_dir) == (500, 512, 8, 1e-6, None)
     monkeypatch.chdir(tmp_path)
@@ -1304,7 +1313,7 @@ def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, t
 
 SMALLER = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=2, max_position_embeddings=64, eos_token_id=7, bos_token_id=None, pad_token_id=0)
-GEMMA3 = dict(text_config=SMALLER | dict(head_dim=8, sliding_window=32), image_token_index=291, boi_token_index=292,
+GEMMA3 = dict(text_config=SMALLER | dict(head_dim=8, sliding_window=32, attention_dropout=0.4), image_token_index=291, boi_token_index=292,
               eoi_token_index=293, mm_tokens_per_image=4, eos_token_id=7,
               vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
                                  image_size=28, patch_size=14))
