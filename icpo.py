@@ -63,9 +63,9 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig,
-                          HfArgumentParser, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer,
-                          set_seed)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer,
+                          DynamicCache, GenerationConfig, HfArgumentParser, PretrainedConfig, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen2Tokenizer, set_seed)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.logging import disable_progress_bar
 
@@ -498,7 +498,7 @@ def load_reward(spec: str):
 
 def score_responses(reward, responses: list[str], examples: list) -> tuple[Tensor, list[str]]:
     """Rewards (P, G) float32 of G responses to each example; the errors of failed calls, which score 0."""
-    G = len(responses) // len(examples)
+    G, owner = len(responses) // len(examples), os.getpid()
     rewards, errors = torch.zeros(len(responses)), []
     for i, response in enumerate(responses):
         try:
@@ -506,7 +506,9 @@ def score_responses(reward, responses: list[str], examples: list) -> tuple[Tenso
             if not math.isfinite(value):
                 raise ValueError(f"the reward is {value}")
             rewards[i] = value
-        except (Exception, SystemExit) as error:  # one response must not end a run of hours
+        except BaseException as error:  # even SystemExit: one response must not end a run of hours
+            if isinstance(error, KeyboardInterrupt) or os.getpid() != owner:  # a forked process is to end
+                raise
             errors.append(repr(error))
             LOGGER.warning_once("\na reward failed: it is 0, and counted in reward/errors", exc_info=True)
     return rewards.view(-1, G), errors
@@ -552,37 +554,44 @@ def load_model(path: str, device: str):
         refuse({
             "a file: give the folder of a model in transformers' format": folder.is_file(),
             "a LoRA adapter: merge it into its model first": (folder / "adapter_config.json").exists(),
-            f"the folder of a run: its model is in {folder}/model": (folder / "model").is_dir(),
             f"for --resume: the model is in {folder.parent}/model": (folder / "state.pt").exists(),
-            "without a tokenizer: save it there too": folder.is_dir() and not any(folder.glob("*tok*")),
+            f"a run's folder: its model is {folder}/model, in the end": (folder / "checkpoint").is_dir(),
+            "no config.json in it, so no model": folder.is_dir() and not (folder / "config.json").exists(),
             "no such folder": not folder.exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path)})
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        wrapped = type(config) in AutoModelForImageTextToText._model_mapping.keys()
+        loader = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = loader.from_pretrained(
             path, config=quietened(config), dtype=torch.float32, trust_remote_code=False,
             output_loading_info=True)
-        rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # does it work at all?
-        difference = (token_log_probs(model, rollout) - rollout.log_probs).abs().mean().item()
+        rows = model.get_input_embeddings().weight.shape[0]
         ends = model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        missing, last_id = sorted(loaded["missing_keys"]), max(tokenizer.get_vocab().values())
-        rows = model.get_input_embeddings().weight.shape[0]
+        missing = sorted(loaded["missing_keys"])
         refuse({
             f"no weights in it for {', '.join(missing[:3])}: it is no whole language model": missing,
-            f"its tokenizer has ids up to {last_id}, its embedding only {rows} rows": last_id >= rows,
-            UNEQUAL.format(difference): not difference <= 1e-4,
+            "no tokenizer in it: save it there too": not tokenizer("1", add_special_tokens=False).input_ids,
+            f"tokenizer of {tokenizer.vocab_size}, model of {rows} tokens": tokenizer.vocab_size > rows,
             "no eos token in its tokenizer or generation_config.json": not ends})
+        rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # does it work at all?
+        difference = (token_log_probs(model, rollout) - rollout.log_probs).abs().mean().item()
+        refuse({UNEQUAL.format(difference): not difference <= 1e-4})
         try:
             model.generation_config.validate(strict=True)
         except ValueError:  # loaded as it is, but it could not be saved
             model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
+        model.config_to_save = config
+        context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+        return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
-        raise UserError(f"--model {path}: {(str(error) or repr(error)).strip().splitlines()[0]}")
-    model.config_to_save = config
-    context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
+        reason = " ".join((str(error) or repr(error)).split())[:300]
+        here = folder.exists() or isinstance(error, UserError)
+        raise UserError(f"--model {path}: {'' if here else 'no such folder; '}{reason}")
 
 
 class Example(NamedTuple):
@@ -592,17 +601,24 @@ class Example(NamedTuple):
     opening: str = ""  # the <think> that ends the prompt, where it does: the response begins with it
 
 
-def prompt_ids(prompt: str, tokenizer, config: Config) -> list[int]:
-    """The prompt in tokens, in the chat template if there is one."""
-    text = prompt + config.prompt_suffix
+def encode(prompt: str, tokenizer, config: Config) -> tuple[list[int], str]:
+    """A prompt's tokens, in the chat template if there is one, and the <think> that it leaves open, or ""."""
+    asked, special = prompt + config.prompt_suffix, False
     if tokenizer.chat_template and not config.no_chat_template:
         messages = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        messages.append({"role": "user", "content": text})
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    text = config.system_prompt + text
-    begun = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not begun).input_ids
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
+        messages.append({"role": "user", "content": asked})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if asked.strip() not in text:
+            raise UserError("the chat template leaves the prompt out; --no-chat-template goes without it")
+    else:
+        text = config.system_prompt + asked
+        special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    ids = tokenizer(text, add_special_tokens=special).input_ids
+    if special and ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
+        ids = ids[:-1]
+    behind = text.rpartition(asked.strip())[2]  # a <think> in the middle of the prompt opens nothing
+    opening = re.search(r"(<think>(?!.*</think>).*)?\Z", behind, re.DOTALL)[0]
+    return ids, opening or re.search(r"(<think>\s*)?\Z", text)[0]
 
 
 def load_examples(path: str, tokenizer, config: Config, context: int | None = None) -> list[Example]:
@@ -617,25 +633,26 @@ def load_examples(path: str, tokenizer, config: Config, context: int | None = No
     for number, line in tqdm(lines, desc=f"reading {Path(path).name}", leave=False):
         try:
             row = json.loads(line)
-            prompt, answer = map(row.get, keys) if isinstance(row, dict) else (None, None)
+            if not isinstance(row, dict):
+                raise UserError("not an object; give JSON Lines, an object a line")
+            prompt, answer = map(row.get, keys)
             if not isinstance(prompt, str) or answer is None:
-                found = list(row) if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise UserError(f"needs a string {keys[0]!r} and an {keys[1]!r}, has {found}; set "
+                raise UserError(f"needs a string {keys[0]!r} and an {keys[1]!r}, has {list(row)}; set "
                                 f"--prompt-key and --answer-key")
-            ids = prompt_ids(prompt, tokenizer, config)
-            opening = re.search(r"(<think>\s*)?\Z", tokenizer.decode(ids[-20:]))[0]
+            ids, opening = encode(prompt, tokenizer, config)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error}; give JSON Lines, an object a line")
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}")
-        except Exception as error:  # of a chat template
-            raise UserError(f"{path}, line {number}: the chat template fails: {error!r}; "
-                            f"--no-chat-template goes without")
+            raise UserError(f"{path}, line {number}: not JSON: {error}; give JSON Lines, an object a line, "
+                            f"in UTF-8")
+        except Exception as error:  # a chat template may raise anything, and a tokenizer refuses surrogates
+            reason = error if isinstance(error, UserError) else f"tokenizer or chat template fail: {error!r}"
+            raise UserError(f"{path}, line {number}: {reason}")
         if 0 < len(ids) <= longest:
             cut = isinstance(answer, str) and extract_answer(answer, strict=True)
             examples.append(Example(prompt, cut or answer, ids, opening))
     if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
+    if not lines:
+        raise UserError(f"{path} is empty")
     if not examples:
         raise UserError(f"{path}: no usable row of {len(lines)}; --max-prompt-tokens, and the context of "
                         f"{context} less --max-new-tokens, leave {longest} tokens for a prompt")
@@ -644,11 +661,10 @@ def load_examples(path: str, tokenizer, config: Config, context: int | None = No
 
 def texts_of(rollout: Rollout, tokenizer, examples: list[Example]) -> list[str]:
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
-    G, texts = len(rollout.lengths) // len(examples), []
-    for b, (ids, truncated) in enumerate(zip(rollout.responses(), rollout.truncated.tolist())):
-        written = ids if truncated else ids[:-1]
-        texts.append(examples[b // G].opening + tokenizer.decode(written, clean_up_tokenization_spaces=False))
-    return texts
+    G = len(rollout.lengths) // len(examples)
+    texts = [tokenizer.decode(ids if cut else ids[:-1], clean_up_tokenization_spaces=False)
+             for ids, cut in zip(rollout.responses(), rollout.truncated.tolist())]
+    return [examples[b // G].opening + text for b, text in enumerate(texts)]
 
 
 def rollout_metrics(rollout: Rollout, verified, rewards, confidence, advantages, beta: float) -> dict:
@@ -745,34 +761,50 @@ def replace_file(path: Path, write):
 
 def until_interrupted(steps):
     """Yields steps. Ctrl-C or SIGTERM finishes the current step, then stops; a second one stops at once."""
-    signals, previous, owner = [], {}, os.getpid()
+    signals = []
 
     def handler(number, frame):
-        if os.getpid() != owner:  # a process that the reward function has forked
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
     if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
-        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        FORMER_HANDLERS.update({number: signal.signal(number, handler) for number in STOPPING})
     try:
         yield from itertools.takewhile(lambda step: not signals, steps)
     finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+        restore_handlers()
+
+
+def restore_handlers():
+    while FORMER_HANDLERS:
+        signal.signal(*FORMER_HANDLERS.popitem())
+
+
+STOPPING, FORMER_HANDLERS = (signal.SIGINT, signal.SIGTERM), {}
+
+
+def after_fork(child: bool):
+    if child:
+        restore_handlers()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+if hasattr(os, "register_at_fork"):  # a process that a reward forks has the former handlers from the start
+    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
+                        after_in_parent=lambda: after_fork(False), after_in_child=lambda: after_fork(True))
 
 
 def load_checkpoint(out: Path, config: Config) -> dict:
     """The state that train saved in out. Raises UserError if it is damaged, or the config another."""
     try:
         state = torch.load(out / "checkpoint/state.pt", map_location="cpu", weights_only=True)
+        saved = state["config"]
     except Exception:  # whatever the reader of a damaged file raises
         raise UserError(f"--resume: the checkpoint in {out} is damaged: begin anew in another --output-dir")
     free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
-    for name, was in state["config"].items():
+    for name, was in saved.items():
         if name not in free and was != (now := getattr(config, name)):
             raise UserError(f"--resume: the run has another --{name.replace('_', '-')}: {was}, not {now}")
     return state
@@ -796,11 +828,17 @@ def train(config: Config) -> dict:
     source = config.model or str(out / "task/model")
     policy, tokenizer, eos_ids = load_model(source, config.device)
     ref_model = load_model(source, config.device)[0] if config.kl_coef else None
+    if config.gradient_checkpointing and not policy.supports_gradient_checkpointing:
+        raise UserError(f"--gradient-checkpointing: {type(policy).__name__} has none")
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     examples = load_examples(config.train_data or out / "task/train.jsonl", tokenizer, config)
     eval_data = config.eval_data if config.model else out / "task/eval.jsonl"
     held_out = load_examples(eval_data, tokenizer, config)[:config.eval_rows] if eval_data else []
+    last_id = max(max(example.ids) for example in examples + held_out)
+    rows = policy.get_input_embeddings().weight.shape[0]
+    if last_id >= rows:
+        raise UserError(f"--model {source}: a prompt has the token {last_id}, its embedding only {rows} rows")
     data = zlib.crc32(repr([examples, held_out]).encode())
     lock = claim(out)
     tokens = len(held_out) * (1 + config.eval_samples) * config.max_new_tokens

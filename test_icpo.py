@@ -814,7 +814,7 @@ def test_failing_rewards_score_zero_are_counted_and_shown_once(caplog):
         assert caplog.text.count(shown) == caplog.text.count("Traceback") == 1
 
 
-BROKEN_TEMPLATES = ["{{none+1}}", "{{1/0}}", "{{messages[9].content}}", "{%if%}", "{{messages.no()}}"]
+BROKEN_TEMPLATES = ["no_prompt", "{{none+1}}", "{{1/0}}", "{{messages[9].content}}", "{%if%}", "{{messages.no()}}"]
 BAD = [
     ("--group-size 1", "--group-size 1: must be at least 2"), ("--alpha 0.5", "below 1/2"), ("--alpha -1", "-1"),
     ("--steps 0", "--steps 0"), ("--beta 0", "--beta"), ("--lr nan", "--lr nan: must be above 0"),
@@ -825,13 +825,13 @@ BAD = [
     ("--model no/such/dir", "no/such/dir"), ("--train-data absent.jsonl", "absent.jsonl: No such file"),
     ("--train-data .", "Is a directory"), ("--train-data broken.jsonl", "broken.jsonl, line 3: not JSON"),
     ("--train-data keys.jsonl", "line 2: needs a string 'prompt' and an 'answer', has ['prompt', 'reply']"),
-    ("--train-data list.jsonl", "line 1: needs a string"), ("--train-data number.jsonl", "line 1: needs a string"),
-    ("--train-data null.jsonl", "line 1: needs a string"), ("--output-dir runs/addition", "not empty"),
-    ("--train-data empty.jsonl", "no usable row"), ("--train-data latin.jsonl", "utf-8"),
+    ("--train-data list.jsonl", "line 1: not an object"), ("--train-data number.jsonl", "line 1: needs a string"),
+    ("--train-data null.jsonl", "line 1: not an object"), ("--output-dir runs/addition", "not empty"),
+    ("--train-data latin.jsonl", "utf-8"),
     ("--train-data table.csv", "table.csv, line 1: not JSON"), ("--train-data table.csv", "give JSON Lines, an object a line"),
-    ("--train-data array.json", "has a list; set --prompt-key"), ("--train-data empty.jsonl", "no usable row of 0"),
-    ("--train-data surrogate.jsonl", "line 1: "), ("--reward leaves:f", "SystemExit"),
-    *((f"--model broken --system-prompt {template}", "the chat template fails") for template in BROKEN_TEMPLATES),
+    ("--train-data array.json", "line 1: not an object; give JSON Lines"), ("--train-data empty.jsonl", "is empty"),
+    ("--train-data surrogate.jsonl", "line 1: tokenizer or chat"), ("--reward leaves:f", "SystemExit"),
+    *((f"--model broken --system-prompt {template}", "chat template") for template in BROKEN_TEMPLATES),
     ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
     ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
     ("--model gemma --system-prompt x", "System role not supported"),
@@ -1110,7 +1110,8 @@ def test_the_reward_sees_what_the_model_wrote_without_the_token_that_ends_it(tmp
         assert texts(tokenizer, [ids], truncated=True) == [written + end]  # the last token did not end it
 
 
-@pytest.mark.parametrize("end, opening", [("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n", "<think>\n\n"), ("<think>\n\n</think>\n\n", "")])
+@pytest.mark.parametrize("end, opening", [("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n", "<think>\n\n"),
+                                          ("<think>Okay, ", "<think>Okay, "), ("<think>\n\n</think>\n\n", "")])
 def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, end, opening):
     tokenizer = saved(tmp_path, template=CHATML.replace("assistant\n{% endif", f"assistant\n{end}{{% endif"))
     tokenizer = icpo.load_model(str(tmp_path), "cpu")[1]
@@ -1140,11 +1141,12 @@ def test_a_prompt_begins_once_and_does_not_end(tmp_path):
     for single in ("$A", "<s> $A", "$A </s>", "<s> $A </s>"):
         tokenizer.backend_tokenizer.post_processor = processor(single=single, special_tokens=[("<s>", bos), ("</s>", eos)])
         begun = [bos] if "<s>" in single else []
-        assert icpo.prompt_ids("2+2", tokenizer, config) == begun + plain
-        assert icpo.prompt_ids("<s>2+2", tokenizer, config) == [bos, *plain]
+        assert icpo.encode("2+2", tokenizer, config) == (begun + plain, "")
+        assert icpo.encode("<s>2+2", tokenizer, config) == ([bos, *plain], "")
+        assert icpo.encode("2+2 <think>", tokenizer, config)[1] == "<think>"
 
 
-@pytest.mark.parametrize("failure", ["1 / 0", "sys.exit()", "[1.0]", "float('nan')"])
+@pytest.mark.parametrize("failure", ["1 / 0", "sys.exit()", "(_ for _ in ()).throw(GeneratorExit)", "[1.0]", "float('nan')"])
 def test_a_reward_that_always_fails_at_first_ends_the_run_and_later_only_counts(tiny, tmp_path, monkeypatch, capfd, failure):
     module = f"failing_{abs(hash(failure))}"
     (tmp_path / f"{module}.py").write_text(
@@ -1192,15 +1194,21 @@ def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, ca
         saved(tmp_path / name, make=make, tie_word_embeddings=False)
         assert message in error_of(capfd, "--model", tmp_path / name, *flags)
     saved(tmp_path / "short", vocab_size=250)
-    assert "ids up to 256, its embedding only 250 rows" in error_of(capfd, "--model", tmp_path / "short", *flags)
+    assert "tokenizer of 257, model of 250 tokens" in error_of(capfd, "--model", tmp_path / "short", *flags)
+    saved(tmp_path / "added", vocab_size=257, special=["<image>"])  # added without a row: fine if no prompt has it
+    data = [write_jsonl(tmp_path / name, [{"prompt": name, "answer": "1"}]) for name in ("a", "<image>")]
+    flags = ["--max-new-tokens", 4, "--steps", 1, "--device", "cpu", "--model", tmp_path / "added", "--train-data"]
+    assert "the token 257, its embedding only 257" in error_of(capfd, *flags, data[1], "--output-dir", tmp_path / "in-vain")
+    assert run(*flags, data[0], "--output-dir", tmp_path / "run") == 0
+    flags = ["--train-data", "x.jsonl", "--device", "cpu"]
     bert = transformers.BertConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                    num_attention_heads=4)
     saved(tmp_path / "bert", make=transformers.BertForMaskedLM, config=bert)
     assert "nats a token" in error_of(capfd, "--model", tmp_path / "bert", *flags)
 
 
-WRONG_MODELS = {"run": "the folder of a run: its model is in run/model", "run/checkpoint": "the model is in run/model",
-                "bare": "without a tokenizer", "adapter": "a LoRA adapter: merge it", "m.gguf": "a file: give the folder",
+WRONG_MODELS = {"run": "a run's folder: its model is run/model", "run/checkpoint": "the model is in run/model",
+                "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "no config.json in it", "models/typo": "no such folder; We couldn", "adapter": "a LoRA adapter: merge it", "m.gguf": "a file: give the folder",
                 "~/absent": "/absent: no such folder", "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
 
 
@@ -1211,6 +1219,10 @@ def test_what_people_give_for_a_model_is_told_what_it_is(tiny, tmp_path, monkeyp
         shutil.copytree(tiny, tmp_path / name)
     for path in (tmp_path / "bare").glob("*token*"):
         path.unlink()
+    shutil.copytree(tiny, tmp_path / "half")
+    (tmp_path / "half/tokenizer.json").unlink()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "run/config.json").write_text("{}")
     (tmp_path / "run/checkpoint").mkdir()
     (tmp_path / "run/checkpoint/state.pt").write_text("")
@@ -1260,12 +1272,26 @@ def test_one_run_a_folder(tiny, tmp_path, capfd):
 def test_processes_that_a_reward_forks_die_of_a_signal(number):
     for step in icpo.until_interrupted([1, 2]):
         if (child := os.fork()) == 0:
-            time.sleep(60)
-            os._exit(0)
+            try:
+                time.sleep(60)
+            finally:  # KeyboardInterrupt, as Python has it
+                os._exit(-number % 256)
         time.sleep(0.1)
         os.kill(child, number)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (-number, -number % 256)
     assert step == 2
+
+
+def test_a_pool_that_a_reward_terminates_ends(tiny, tmp_path):
+    """Its workers may be told to end in the very moment in which they begin."""
+    (tmp_path / "pooled.py").write_text("import multiprocessing\ndef f(response, reference):\n"
+                                        "    pool = multiprocessing.get_context('fork').Pool(2)\n    x = pool.map(len, [response])[0]\n"
+                                        "    pool.terminate()\n    pool.join()\n    return x % 2\n")
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
+    flags = ["--model", tiny, "--train-data", data, "--max-new-tokens", 4, "--steps", 2, "--prompts-per-step", 4,
+             "--reward", "pooled:f", "--output-dir", "run", "--device", "cpu"]
+    shown = subprocess.run([sys.executable, icpo.__file__, *map(str, flags)], cwd=tmp_path, capture_output=True, timeout=100)
+    assert shown.returncode == 0 and rows_of(tmp_path / "run/metrics.jsonl")[-1]["reward/errors"] == 0
 
 
 def test_training_in_a_thread(tiny, tmp_path):
@@ -1319,6 +1345,9 @@ GEMMA3 = dict(text_config=SMALLER | dict(head_dim=8, sliding_window=32, attentio
                                  image_size=28, patch_size=14))
 AS_LOADED = {  # images; experts that return router logits, and add noise to their input in training; dropout by function
     "Gemma3ForConditionalGeneration": transformers.Gemma3Config(**GEMMA3),
+    "Mistral3ForConditionalGeneration": transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**SMALLER, head_dim=8), image_token_index=291,
+        vision_config=transformers.PixtralVisionConfig(**GEMMA3["vision_config"])),
     "MixtralForCausalLM": transformers.MixtralConfig(**SMALLER, num_local_experts=4, output_router_logits=True,
                                                      router_jitter_noise=0.3),
     "Qwen2ForCausalLM": Qwen2Config(**SMALLER, output_hidden_states=True, return_dict=False),

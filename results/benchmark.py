@@ -125,9 +125,7 @@ def bare(folder: str, steps: int, setting: dict, clock: Clock) -> None:
 
 def icpo(folder: str, steps: int, setting: dict, clock: Clock) -> None:
     import icpo as project
-    tokenizer = project.AutoTokenizer.from_pretrained(folder)
-    tokenizer.get_vocab = lambda: {"!": 0}  # its end of sequence is out of the model's reach on purpose
-    project.AutoTokenizer.from_pretrained = lambda *args, **kwargs: tokenizer
+    project.Qwen2Tokenizer.vocab_size = 0  # not refused: its end is out of the model's reach on purpose
     sample = project.sample
 
     def timed_sample(model, prompts, group_size, *args):
