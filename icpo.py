@@ -783,17 +783,11 @@ def restore_handlers():
 
 
 STOPPING, FORMER_HANDLERS = (signal.SIGINT, signal.SIGTERM), {}
-
-
-def after_fork(child: bool):
-    if child:
-        restore_handlers()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-
-
 if hasattr(os, "register_at_fork"):  # a process that a reward forks has the former handlers from the start
-    os.register_at_fork(before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
-                        after_in_parent=lambda: after_fork(False), after_in_child=lambda: after_fork(True))
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING),
+        after_in_child=lambda: [restore_handlers(), signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)])
 
 
 def load_checkpoint(out: Path, config: Config) -> dict:

@@ -828,7 +828,8 @@ BAD = [
     ("--train-data list.jsonl", "line 1: not an object"), ("--train-data number.jsonl", "line 1: needs a string"),
     ("--train-data null.jsonl", "line 1: not an object"), ("--output-dir runs/addition", "not empty"),
     ("--train-data latin.jsonl", "utf-8"),
-    ("--train-data table.csv", "table.csv, line 1: not JSON"), ("--train-data table.csv", "give JSON Lines, an object a line"),
+    ("--train-data table.csv", "table.csv, line 1: not JSON"),
+    ("--train-data table.csv", "give JSON Lines, an object a line"),
     ("--train-data array.json", "line 1: not an object; give JSON Lines"), ("--train-data empty.jsonl", "is empty"),
     ("--train-data surrogate.jsonl", "line 1: tokenizer or chat"), ("--reward leaves:f", "SystemExit"),
     *((f"--model broken --system-prompt {template}", "chat template") for template in BROKEN_TEMPLATES),
@@ -1151,7 +1152,8 @@ def test_a_reward_that_always_fails_at_first_ends_the_run_and_later_only_counts(
     module = f"failing_{abs(hash(failure))}"
     (tmp_path / f"{module}.py").write_text(
         f"import sys\ncalls = []\ndef always(response, reference):\n    return {failure}\n"
-        f"def later(response, reference):\n    calls.append(1)\n    return {failure} if len(calls) > 4 else len(calls) % 2\n")
+        "def later(response, reference):\n    calls.append(1)\n"
+        f"    return {failure} if len(calls) > 4 else len(calls) % 2\n")
     monkeypatch.chdir(tmp_path)
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
     flags = ["--model", tiny, "--train-data", data, "--max-new-tokens", 4, "--steps", 3, "--prompts-per-step", 1,
@@ -1207,9 +1209,12 @@ def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, ca
     assert "nats a token" in error_of(capfd, "--model", tmp_path / "bert", *flags)
 
 
-WRONG_MODELS = {"run": "a run's folder: its model is run/model", "run/checkpoint": "the model is in run/model",
-                "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "no config.json in it", "models/typo": "no such folder; We couldn", "adapter": "a LoRA adapter: merge it", "m.gguf": "a file: give the folder",
-                "~/absent": "/absent: no such folder", "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
+WRONG_MODELS = {
+    "run": "a run's folder: its model is run/model", "run/checkpoint": "the model is in run/model",
+    "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "no config.json in it",
+    "adapter": "a LoRA adapter: merge it", "m.gguf": "a file: give the folder",
+    "models/typo": "no such folder; We couldn", "~/absent": "/absent: no such folder",
+    "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
 
 
 @pytest.mark.parametrize("given", WRONG_MODELS)
@@ -1285,7 +1290,8 @@ def test_processes_that_a_reward_forks_die_of_a_signal(number):
 def test_a_pool_that_a_reward_terminates_ends(tiny, tmp_path):
     """Its workers may be told to end in the very moment in which they begin."""
     (tmp_path / "pooled.py").write_text("import multiprocessing\ndef f(response, reference):\n"
-                                        "    pool = multiprocessing.get_context('fork').Pool(2)\n    x = pool.map(len, [response])[0]\n"
+                                        "    pool = multiprocessing.get_context('fork').Pool(2)\n"
+                                        "    x = pool.map(len, [response])[0]\n"
                                         "    pool.terminate()\n    pool.join()\n    return x % 2\n")
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
     flags = ["--model", tiny, "--train-data", data, "--max-new-tokens", 4, "--steps", 2, "--prompts-per-step", 4,
@@ -1324,7 +1330,8 @@ def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, t
     checked = []
     with pytest.raises(SystemExit, match="loaded"):
         icpo.train(Config(lr=0.5))
-    assert [(c.steps, c.max_new_tokens, c.micro_batch, c.lr, c.output_dir) for c in checked] == [(60, 32, 128, 0.5, "runs/addition")]
+    task, = checked
+    assert (task.steps, task.max_new_tokens, task.micro_batch, task.lr, task.output_dir) == (60, 32, 128, 0.5, "runs/addition")
     monkeypatch.undo()
     later = replace(Config(), model="some/model")
     assert (later.steps, later.max_new_tokens, later.micro_batch, later.lr, later.output_dir) == (500, 512, 8, 1e-6, None)
@@ -1339,8 +1346,8 @@ def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, t
 
 SMALLER = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=2, max_position_embeddings=64, eos_token_id=7, bos_token_id=None, pad_token_id=0)
-GEMMA3 = dict(text_config=SMALLER | dict(head_dim=8, sliding_window=32, attention_dropout=0.4), image_token_index=291, boi_token_index=292,
-              eoi_token_index=293, mm_tokens_per_image=4, eos_token_id=7,
+GEMMA3 = dict(text_config=SMALLER | dict(head_dim=8, sliding_window=32, attention_dropout=0.4),
+              image_token_index=291, boi_token_index=292, eoi_token_index=293, mm_tokens_per_image=4, eos_token_id=7,
               vision_config=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
                                  image_size=28, patch_size=14))
 AS_LOADED = {  # images; experts that return router logits, and add noise to their input in training; dropout by function
@@ -1353,8 +1360,8 @@ AS_LOADED = {  # images; experts that return router logits, and add noise to the
     "Qwen2ForCausalLM": Qwen2Config(**SMALLER, output_hidden_states=True, return_dict=False),
     "OPTForCausalLM": transformers.OPTConfig(**SMALLER, ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5),
     "FalconForCausalLM": transformers.FalconConfig(**SMALLER, attention_dropout=0.1, hidden_dropout=0.1, alibi=False),
-    "MptForCausalLM": transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, resid_pdrop=0.1,
-                                             emb_pdrop=0.1)}
+    "MptForCausalLM": transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64,
+                                             resid_pdrop=0.1, emb_pdrop=0.1)}
 
 
 @pytest.mark.parametrize("name", AS_LOADED)
@@ -1387,9 +1394,10 @@ def test_what_a_run_shows_fits_80_columns_and_tells_what_it_does(task, tmp_path)
                                                          "--max-new-tokens", 5, "--eval-samples", 2)]
     shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert shown.returncode == 0 and "Loading weights" not in shown.stderr and "model shards" not in shown.stderr
-    assert "cpu, 1 threads, 0.3M parameters, 7076 prompts; an evaluation takes up to 60 tokens: 4 --eval-rows" in shown.stdout
-    steps = re.findall(r"step (\d): accuracy \d.\d{3}, mean_at_k \d.\d{3}, pass_at_k \d.\d{3}\n  '\d\d\+\d\d=' -> '.", shown.stdout)
-    assert steps == ["0", "1", "2"]
+    assert "cpu, 1 threads, 0.3M parameters, 7076 prompts; an evaluation takes up to 60 tokens: 4" in shown.stdout
+    number, sample = r"\d.\d{3}", r"\n  '\d\d\+\d\d=' -> '."
+    line = f"step (.): accuracy {number}, mean_at_k {number}, pass_at_k {number}{sample}"
+    assert re.findall(line, shown.stdout) == ["0", "1", "2"]
     bars = [line for line in re.split(r"[\r\n]", shown.stderr) if "acc=" in line]
     assert bars and all(len(line) <= 80 and re.search(r"acc=\d\.\d\d, reward=\d\.\d\d, entropy=\d", line) for line in bars)
     assert shown.stderr.count("over half of the responses were cut") == 1
