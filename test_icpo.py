@@ -1227,7 +1227,7 @@ def test_what_people_give_for_a_model_is_told_what_it_is(tiny, tmp_path, monkeyp
     shutil.copytree(tiny, tmp_path / "half")
     (tmp_path / "half/tokenizer.json").unlink()
     (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "run/config.json").write_text("{}")
     (tmp_path / "run/checkpoint").mkdir()
     (tmp_path / "run/checkpoint/state.pt").write_text("")
@@ -1331,7 +1331,8 @@ def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, t
     with pytest.raises(SystemExit, match="loaded"):
         icpo.train(Config(lr=0.5))
     task, = checked
-    assert (task.steps, task.max_new_tokens, task.micro_batch, task.lr, task.output_dir) == (60, 32, 128, 0.5, "runs/addition")
+    assert (task.steps, task.max_new_tokens, task.micro_batch, task.lr) == (60, 32, 128, 0.5)
+    assert task.output_dir == "runs/addition"
     monkeypatch.undo()
     later = replace(Config(), model="some/model")
     assert (later.steps, later.max_new_tokens, later.micro_batch, later.lr, later.output_dir) == (500, 512, 8, 1e-6, None)
