@@ -43,13 +43,20 @@ phrases   The answer is 12 because 3 * 4 = 12. ~ 12 ;; The answer is **12**, sin
 phrases   The answer is:⏎\[⏎18⏎\] ~ 18 ;; Answer:⏎⏎$$⏎x + 1⏎$$ ~ x + 1 ;; The answer is **18** dollars. ~ 18 dollars
 phrases   The answer is A as 7 is prime ~ A ;; the answer is 4 so that 5 is not ~ 4
 phrases   the answer is 5 as well as 6 ~ 5 as well ;; the answer is basic ~ basic ;; the answer is 4 so what ~ 4 so what
-phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; 10-7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
-phrases   it is 3, and 4, ok ~ 4
+phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; = 7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
 numbers   so \frac{1}{2}. ~ \frac{1}{2} ;; a debt of -$5. ~ -$5 ;; it is 5. <think> Or 6? ~ 5
-nothing   <think> \boxed{5}, or ~ None ;; <think>\boxed{1}</think> no ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
+nothing   <think> \boxed{5}, or ~ None ;; <think>\boxed{1}</think> none here ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
 nothing   \boxed 7.5 ~ None ;; \boxed 7/8 ~ None ;; \boxed 7, 8 ~ None ;; \boxed -7 ~ None ;; \boxedx 5 ~ None
 nothing   \boxed{1} \boxed{} ~ None ;; \boxed{1} \boxed{2 ~ None ;; #### 4⏎<answer>5 ~ None
 nothing   \boxed{3} <answer></answer> ~ None ;; the answer is 4 \boxed{ ~ None
+phrases   The answer is therefore 18. ~ 18 ;; answer is approximately 3.14 ~ 3.14 ;; The answer is ... 5. ~ 5
+phrases   The answer is 72, in total, so it is 72. ~ 72 ;; The answer is 18 (rounded). ~ 18 ;; answer: 18 - that is all ~ 18
+phrases   Final Answer: The largest n is 34. ~ 34 ;; The answer must be 4. ~ 4 ;; Answer: He had 3 hours left. ~ 3
+phrases   The answer is 7. Indeed, the answer is correct. ~ 7 ;; The answer is 7.⏎Final answer: ~ 7 ;; answer is 2; 3. ~ 2; 3
+numbers   the price is $29.00. ~ 29.00 ;; It is therefore **18** dollars. ~ 18 ;; So it is 5 N ~ 5 ;; = 25°C. ~ 25
+nothing   the derivative is 3x ~ None ;; I think H2O ~ None ;; 1. First 2. Second 3. Third ~ None ;; See equation (7). ~ None
+nothing   x = 1/2x^{12} ~ None ;; it lies in $[0,1)$ ~ None ;; 10-7 ~ None ;; it is 3, and 4, ok ~ None ;; 3 or 4 ~ None
+nothing   it is 5. But why ~ None ;; since the distance is 1 ~ None ;; 2 * 3 ~ None ;; it is not 5 ~ None ;; 1 3/4 ~ None
 """
 
 
@@ -88,7 +95,7 @@ def test_any_two_answers_of_a_category(category):
 def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
     for answer in ("12 apples", "12 \\text{ apples}", "12.0 Apples.", "24/2 cups", "**12 men**", "\\frac{24}{2} cups",
                    "12 dollars per day", "\\$12 per box", "12 miles per hour"):
-        assert is_equivalent(answer, "12") and not is_equivalent("12", answer), answer
+        assert is_equivalent(answer, "12") and is_equivalent("12", answer), answer
         assert not is_equivalent(answer, "$12") and not is_equivalent(answer, "13"), answer
     others = ("3 dozen; 3 millions; 3 thousandths; 3 quarters; 3 halves; 3 squared; 3 more; 3 times; 3 less; 3 over; "
               "3 percentage; 3 repeating; 3 five; 3 binary; 3 sin; 3√; 3 of 5 apples; 3 apples and 5; 3 5 apples; "
@@ -101,7 +108,7 @@ def test_number_with_a_noun_is_the_number_if_that_is_the_reference():
 
 def test_beyond_the_bounds_the_text_is_compared():
     many = r"(1+\sqrt2)(1+\sqrt3)(1+\sqrt5)(1+\sqrt7)(1+\sqrt{11})"
-    for zero in (r"2^{3999}*2^{3999}*2^{3999}*0", r"(1+\sqrt2)^9*0", f"{many}*0", "(" * 50 + "0" + ")" * 50, "0e1000"):
+    for zero in (r"2^{9999}*2^{9999}*2^{9999}*0", r"(1+\sqrt2)^9*0", f"{many}*\\sqrt3*0", "(" * 150 + "0" + ")" * 150, "0e1000"):
         assert is_equivalent(zero, zero) and not is_equivalent(zero, "0"), zero
     for long, short in [(", ".join("1" * 65), "1, 1"), ("0" * 1000 + "1", "1"), ("[" * 30 + "1" + "]" * 30, "1")]:
         assert is_equivalent(long, long) and not is_equivalent(long, short), long
@@ -125,7 +132,7 @@ def test_verify_works_copied_alone(tmp_path):
 
 
 def test_letters_of_multiple_choice():
-    for answer in ("B", "(B)", "B.", "b", "Option B", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}",
+    for answer in ("B", "(B)", "B.", "Option B", "B) 12", "(B) twelve", "\\text{(B)}", "B: 12", "\\textbf{B}",
                    "B) as (A) is odd", "B. Both of A. and C."):
         assert is_equivalent(answer, "B") and is_equivalent(answer, "(B)"), answer
     for answer in ("C", "BAD", "A or B", "12", "Because", "B and C", "AB", "not B", "",
@@ -147,7 +154,7 @@ def test_response_that_ends_on_the_letter_of_an_option():
 
 
 def test_references_that_cannot_be_read_never_match():
-    for reference in (None, "", " ", "\\boxed{}", "\\boxed{5", "<answer>", math.nan, math.inf, [5], {}, b"5", 10**5000):
+    for reference in (None, "", " ", "\\boxed{}", "\\boxed{5", "<answer>", math.nan, math.inf, [], [None], {}, b"5", 10**5000):
         for answer in ("5", "", "\\boxed{}", None):
             assert is_equivalent(answer, reference) is False
         assert verify("\\boxed{5}", reference) is False
