@@ -672,7 +672,7 @@ def tiny(tmp_path_factory):
                                "{% if add_generation_prompt %}[assistant]{% endif %}")
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(**SHAPE | dict(vocab_size=258, num_hidden_layers=1, max_position_embeddings=256,
-                                                eos_token_id=257, attention_dropout=0.1))).bfloat16().save_pretrained(folder)
+                                                eos_token_id=257))).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"temperature": 0.9}')  # invalid when saved as it is
     return folder
@@ -727,9 +727,12 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
                                            "    assert reference in map(str, range(0, 18, 2)), reference\n"
                                            "    return len(response) % 5 / 4\n")
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "mine")
+    config = json.loads((tiny / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (tmp_path / "mine/config.json").write_text(json.dumps(config))
     data = write_jsonl(tmp_path / "data.jsonl", GSM + [{"question": "x" * 300, "answer": "1"}])
     assert run(
-        "--device", "cpu", "--model", tiny, "--train-data", data, "--eval-data", data, "--prompt-key", "question",
+        "--device", "cpu", "--model", "mine", "--train-data", data, "--eval-data", data, "--prompt-key", "question",
         "--max-new-tokens", 8, "--max-prompt-tokens", 200, "--steps", 2, "--prompts-per-step", 3, "--group-size", 4,
         "--eval-samples", 2, "--reward", "my_reward:count", "--system-prompt", "Brief.", "--prompt-suffix", " Think.",
         "--kl-coef", 0.1, "--inner-epochs", 2, "--micro-batch", 5, "--alpha", 0.3, "--output-dir", "run") == 0
