@@ -23,8 +23,7 @@ Equivalence is exact and looks at the whole answer. Where no [convention] is inv
     names        x = 5 is 5 [convention], but not y = 5; f(2) = 9, x \in [0, 1]; x = 1, y = 2 is (1, 2)
     chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 and x = y = 5 are nothing; \frac13 \approx 0.333 is 1/3
     tuples       (1, 2), matrices, intervals [0, 1); [1, 2] is "1, 2", [1, 2, 3] is (1, 2, 3) [convention]
-    sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2" = "1 and 2", none of them 1; 2 \pm 1 = {1, 3};
-                 {2, 2, 9} = {2, 9}, but not the list "2, 2, 9"; unions of intervals in any order
+    sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2"; 2 \pm 1 = {1, 3}; {2, 2, 9} = {2, 9}, but not "2, 2, 9"
     letters      B = (B) = [B] = B. = Option B = "B) 12" = "B, which ...", but not "B or A" [convention]
     text         all else: equal but for spaces beside symbols, $...$, \text{}, case of words; yes = true
 A reference is text, a number or bool, also of numpy, a list, or a solution with a marker or phrase; one that
@@ -39,33 +38,35 @@ from fractions import Fraction
 MAX_LENGTH, MAX_DEPTH, MAX_ITEMS, MAX_TOKENS, MAX_BITS = 1000, 20, 64, 200, 20_000
 
 # ---------------------------------------------------------------------------------------------- Extraction
-MARKER = re.compile(r"<answer>|\\boxed|\\fbox|\bboxed(?=\{)")
+MARKER = re.compile(r"<answer>|\\fbox|\\?boxed")
 # Without braces a box holds one token, and nothing may be attached to it: of \boxed 12, TeX would box the 1.
 BOX = re.compile(r"(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z])(?=[$.)\]}*\\]*(?:\s|\Z)))")
 NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
 HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC}|\(?[A-J]\)?)[^\S\n]*(?=[\n<]|\Z)")
-IS = r"(?: is| was| (?:would|should|must|will|seems to) be|\*{0,2}:)(?![\w'])[:* ]*+"
+IS = r"(?i:(?: is| was| (?:would|should|must|will|seems to) be|\*{0,2}:)(?![\w']))[:* ]*+"
 SURELY = r"(?:(?:therefore|thus|definitely|approximately|\.\.\.)[,:]* |(?:the )?(?:letter|option|number) )*+"
-PHRASE = rf"\banswer{IS}{SURELY}(?:\s*+(?:\\\[|\$\$)\s*\n)?"
-PHRASES = {False: re.compile(PHRASE, re.IGNORECASE), True: re.compile(
-    rf"{PHRASE}|\bcorrect (?:option|choice){IS}{SURELY}|\b(?:pick|choose|select) {SURELY}|"
-    rf"(?<![\w(])(?=\(?[A-J]\)? is {SURELY}(?:the )?(?:correct|right|best)\b)", re.IGNORECASE)}
+PHRASE = rf"(?:[Aa]nswer|ANSWER){IS}{SURELY}(?:\s*+(?:\\\[|\$\$)\s*\n)?"
+LETTER_PHRASE = (
+    rf"{PHRASE}|(?<!in)[Cc]orrect (?:option|choice){IS}{SURELY}|(?<!not |ver )(?:pick|choose) {SURELY}|"
+    rf"(?<![\w(])(?<!nor )(?<![Ii]f )(?<!e that )(?=\(?[A-J]\)? is {SURELY}(?:the )?(?:correct|right)\b)")
+PHRASES = {False: re.compile(PHRASE), True: re.compile(LETTER_PHRASE)}
 PHRASE_END = re.compile(
     r"[.!?](?: |$)|;(?: [A-Za-z]{2}|$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b|"
     r", (?:so|which|not|in|although)\b| \((?!or\b)[a-z]{2}| [-–—] (?:that|which|so|the|it)\b")
 LAST_NUMBER = re.compile(
-    r"(?!.*\b(?:[Ss]ince|[Bb]ecause|[Ii]f)\b[^,.;:]*$).*"  # it is no reason
-    r"(?<![\w({}\[\])^/+×·,;.-])(?<![^*]\*)(?<![-+*/×·^<≤≥≠0-9] )(?<![-−]\$)(?<!\\times )(?<!\\cdot )"
-    r"(?<![0-9], )(?<![0-9] and )(?<![0-9], and )(?<!\bor )(?<!\bnot )(?<!\bthan )(?:\\?\$)?"  # no part
+    r"(?!.*\b(?:Since|If|Because)\b[^,.:=]*$).*"  # the conclusion was cut off
+    r"(?<![\w({}\[\])^/+×·,;.–—−-])(?<![^*]\*)(?<![-+*/×·^<>≤≥≠0-9] )(?<![<>]= )(?<!\\[lg][et] )(?<![-−]\$)"
+    r"(?<!\\times )(?<!\\cdot )(?<![0-9]:)(?<![0-9], )(?<![0-9] and )(?<![0-9], and )(?<![0-9] to )"
+    r"(?<!\bor )(?<!\bnot )(?<!\bthan )(?:\\?\$)?"  # no part of a formula, range or list
     r"((?:[-−](?:\\?\$)?)?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
     r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?))"
-    r"\*{0,2}\$?(?:(?:[kcm]?m|[km]?g|m?[lL]|h|min| [A-Z])\b|°[CF]?)?\*{0,2}\$?"
-    r"(?:[ ,(]+(?:[^\W\d_][\w'’-]+|[aA-J]\b)\)?){0,12}")
+    r"\*{0,2}\$?(?: ?(?:(?:[kcm]?m|[km]?g|m?[lL]|h|mph|[nrst][dht]|[A-Z])\b|°[CF]?|€))?\*{0,2}"
+    r"(?:[ ,(/]+(?:[^\W\d_][\w'’&-]+|[aA-J]\b)\)?){0,15}")
 LABEL = re.compile(r"(?:[Oo]ption |[Cc]hoice )?[\[(]?(?:[A-J](?:[\]).:]|$)|[a-j][\])]?$)")
-LABELS = re.compile(r"(?<![\w'(])(?:\(?[A-Ja-j]\)|[A-J][.:](?=[\s*]|\Z))")
+LABELS = re.compile(r"(?m)(?<![\w'(])(?:\(?[A-Ja-j]\)|[A-J][.:](?=[\s*]|$)|(?:^|(?<=ption ))[A-J](?=\W*$))")
 CHOICE = re.compile(
     r"(?:[Oo]ption |[Cc]hoice )?[\[(]?(?P<letter>[A-J]|[a-j](?=[\])]|$))"
-    r"(?:[\])]|(?=$|[:,;]|\.(?:$| (?![a-z]|[A-Z]\.))| (?:[-–—(]|(?:or|and|but|which|is|because|since|as)\b)))"
+    r"(?:[\])]|(?=$|[:,;}]|\.(?:$| (?![a-z]|[A-Z]\.))| (?:[-–—(]|(?:or|and|which|is|because|since|as)\b)))"
     r"(?P<alone>(?!\W*(?:or|and)\W+\(?[A-J]\b)(?!\W+[A-J](?:[).:]|$))"  # no other letter is named
     r"(?!(?:(?!\. |\b(?:as|because|since)\b).)*?(?<!\w)[\[(][A-Ja-h][\])])"
     r"(?!(?<![\])])(?![.:])(?:(?!\. |\b(?:as|because|since)\b).)*?\b(?:[B-HJ]\b|[AI]\b(?! [a-z]))))?")
@@ -73,7 +74,7 @@ CHOICE = re.compile(
 
 def marked(text: str) -> str | None:
     """What the marker that starts last holds, "" if it is empty or not closed; None if there is no marker."""
-    *_, marker = None, *MARKER.finditer(text)
+    marker = MARKER.match(text, max(map(text.rfind, ("<answer>", "\\fbox", "\\boxed", "boxed{"))))
     lines = HASHES.findall(text, marker.end() if marker else 0) if "####" in text else []
     if lines or not marker:
         return lines[-1] if lines else None
@@ -90,14 +91,15 @@ def marked(text: str) -> str | None:
 
 def stated(text: str, letter: bool = False) -> str | None:
     """What the last phrase says that says anything; of a whole sentence, the number that ends it."""
-    for phrase in reversed([*PHRASES[letter].finditer(text)]):
-        line = text[phrase.end():phrase.end() + MAX_LENGTH].lstrip().split("\n", 1)[0]
-        answer = PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *")  # **18** dollars
-        number = re.match(r"[A-Za-z]{2,} \S*[A-Za-z]\S* \S+ \S+ ", answer) and LAST_NUMBER.fullmatch(answer)
-        answer = letter_of(line) if letter else number[1] if number else answer
-        empty = not letter and re.fullmatch(r"\W*((correct|right|consistent)\b.*)?", answer)
-        if answer is not None and not empty:
-            return answer
+    for start in (max(0, len(text) - 300), 0):  # mostly the end suffices
+        for phrase in reversed([*PHRASES[letter].finditer(text, start)]):
+            line = text[phrase.end():phrase.end() + MAX_LENGTH].lstrip().split("\n", 1)[0]
+            answer = PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *")  # **18** dollars
+            number = re.match(r"[A-Za-z]{2,} \S*[A-Za-z]\S* \S+ \S", answer) and LAST_NUMBER.fullmatch(answer)
+            answer = letter_of(line) if letter else number[1] if number else answer
+            empty = not letter and re.fullmatch(r"\W*((correct|right|consistent)\b.*)?", answer)
+            if answer is not None and not empty:
+                return answer
 
 
 def letter_of(text: str) -> str | None:
@@ -117,7 +119,7 @@ def extract_answer(response: str, strict: bool = False, letter: bool = False) ->
         lines = [normalize(line[:200]) for line in (text.split("\n", 1)[0], text.rsplit("\n", 1)[-1])]
         *_, answer = None, *[letter_of(line) for line in lines if LABEL.match(line)]
     elif answer is None and not letter:
-        last = text.rstrip(" \n.*$\\])").rsplit("\n", 1)[-1]
+        last = text.rstrip(" \n.,*$\\])\"").rsplit("\n", 1)[-1]
         answer = re.fullmatch("([A-Za-z]{2,})", text) or LAST_NUMBER.fullmatch(last)
         return answer and answer[1]
     return answer or None
@@ -193,9 +195,9 @@ for aliases in (
         "kg kilogram; L l liter; mL ml; s second; min minute; h hr hour").split(";"):
     UNITS |= {alias + plural: aliases.split()[0] for alias in aliases.split() for plural in ("", "s")}
 NOUN = re.compile(
-    "(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|lakh|crore|pair|dozen|"
-    "hal[fv]e?|third|quarter|[a-z]+(?:teen|ty|th|sand|illion|ed|ing|ly|ary)|not|than|over|under|more|less|"
-    "plus|minus|time|percentage|mod|root|power|inverse|mega|square|sin|cos|log)s?$)(?=.*[aeiouy])[a-z]{3,}")
+    "(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|lakh|pair|dozen|third|"
+    "hal[fv]e?|quarter|[a-z]+(?:teen|ty|th|sand|illion|ed|ing|ly|ary|orial)|not|than|over|under|more|less|"
+    "plus|minus|time|percentage|mod|root|power|inverse|mega|square|maybe|sin)s?$)(?=.*[aeiouy])[a-z]{3,}")
 UNIT_NAME = r"(?!(?:and|or)\b)(?:\\?\$|[A-Za-zµΩ]+|°[CF]?|[€¥£¢%])"
 UNIT = re.compile(rf"(?:(?: |/|(?![A-Za-z]\b))(?:{UNIT_NAME} ?(?:\^\{{?-?[0-9]\}}?)?[ */]?)+)?(?<![ */])")
 ARITHMETIC = re.compile(r"(?:[-+*/^(){}0-9. ]|[eE](?=[-+]?[0-9])|\\(?:frac|sqrt|pi)(?![A-Za-z]))*")
@@ -236,10 +238,9 @@ def equal(a, b, finished: bool = False) -> bool:
 
 def parse(text: str, depth: int = 0) -> Number | Group | Named | str:
     """A normalized answer, as the first of the kinds below that it can be read as."""
-    # Before lists and brackets, since (7) and {7} are numbers, and x = 1, 2 is a name of a list.
+    # In this order, since {7} is a number, x = 1, 2 is a name of a list, and (1, 2), (3, 4) is a list.
     if depth <= MAX_DEPTH and (answer := as_number(text) or as_equation(text, depth)):
         return answer
-    # Before brackets, since (1, 2), (3, 4) is a list, though it begins and ends with one.
     parts, brackets = split(text), ""
     if len(parts) < 2 and (match := re.fullmatch(r"(\\?[(\[{])(.*?)(\\?[)\]}])", text)):
         parts, brackets = split(match[2].strip()), match[1][-1] + match[3][-1]

@@ -25,6 +25,7 @@ RESULTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(RESULTS.parent)]
 
 from test_icpo import rows_of
+import verify as module
 from verify import compute_score, extract_answer, is_equivalent, reward_func, verify
 
 EXTRACTED = r"""
@@ -56,7 +57,7 @@ phrases   The answer is 7. Indeed, the answer is correct. ~ 7 ;; The answer is 7
 numbers   the price is $29.00. ~ 29.00 ;; It is therefore **18** dollars. ~ 18 ;; So it is 5 N ~ 5 ;; = 25°C. ~ 25
 nothing   the derivative is 3x ~ None ;; I think H2O ~ None ;; 1. First 2. Second 3. Third ~ None ;; See equation (7). ~ None
 nothing   x = 1/2x^{12} ~ None ;; it lies in $[0,1)$ ~ None ;; 10-7 ~ None ;; it is 3, and 4, ok ~ None ;; 3 or 4 ~ None
-nothing   it is 5. But why ~ None ;; since the distance is 1 ~ None ;; 2 * 3 ~ None ;; it is not 5 ~ None ;; 1 3/4 ~ None
+nothing   it is 5. But why ~ None ;; Since the distance is 1 ~ None ;; 2 * 3 ~ None ;; it is not 5 ~ None ;; 1 3/4 ~ None
 """
 
 
@@ -113,6 +114,80 @@ def test_beyond_the_bounds_the_text_is_compared():
     for long, short in [(", ".join("1" * 65), "1, 1"), ("0" * 1000 + "1", "1"), ("[" * 30 + "1" + "]" * 30, "1")]:
         assert is_equivalent(long, long) and not is_equivalent(long, short), long
     assert not is_equivalent("[" * 30 + "0.5" + "]" * 30, "[" * 30 + ".50" + "]" * 30)
+
+
+# Response ~ reference: what verify takes, and what it does not.
+TAKEN = r"""
+\boxed{2 \cdot 8 = 16} ~ 16 ;; \boxed{6/8} ~ 0.75 ;; \boxed{1 3/4} ~ 7/4 ;; \boxed{3.2 \times 10^{-19} \text{ J}} ~ 3.2e-19
+\boxed{50\%} ~ 1/2 ;; \boxed{12 \text{ apples}} ~ 12 ;; \boxed{x = 5} ~ 5 ;; \boxed{\sqrt{12}} ~ 2\sqrt3 ;; \boxed{(1, 4/6)} ~ (1, \frac23)
+so \boxed{8} ~ 8 \text{ meals} ;; so 350,000 ~ 350,000 pages ;; The answer is 28.3 MeV ~ 28.3 ;; \boxed{25 \ \Omega} ~ 25
+The answer is B (Paris). ~ B ;; Answer: B - Paris ~ B ;; It is B, which is odd. The answer is B, which is odd. ~ B
+The answer is (G). The derived answer is correct. ~ G ;; \boxed{300} minutes. The answer is (E). ~ E ;; The answer is (E). Answer: ~ E
+So option B is correct. ~ B ;; I would pick B — a safe choice. ~ B ;; The answer should be letter B. ~ B ;; \boxed{Answer: B} ~ B
+B ~ (B) Paris ;; The answer is ... I. ~ I ;; (b) ~ B ;; ANSWER IS D. A is wrong. ~ D ;; \boxed{300} The answer is (E) ~ 300
+The answer is Yes. ~ True ;; True ~ True ;; \boxed{180} ~ So 90 * 2.⏎The answer is: 180. ;; so <boxed{70}\).</answer> ~ 70
+"""
+REFUSED = r"""
+\boxed{102^2 - 98^2} ~ 800 ;; \boxed{2+3} ~ 5 ;; \boxed{12/2} ~ 6 ;; \boxed{\frac{4}{2}} ~ 2 ;; \boxed{1*5} ~ 5 ;; \boxed{5^1} ~ 5
+\boxed{\sqrt{25}} ~ 5 ;; \boxed{x=2+3} ~ 5 ;; \boxed{5=2+3} ~ 5 ;; \boxed{2(3)} ~ 6 ;; \boxed{--5} ~ 5 ;; \boxed{2\frac{6}{2}} ~ 5
+\boxed{(1+1, 3)} ~ (2, 3) ;; \boxed{\{1+1, 3\}} ~ \{2, 3\} ;; \boxed{2 \pm 1} ~ 1, 3 ;; \boxed{2+3 \approx 5.0} ~ 5 ;; \boxed{4 + 1 cm} ~ 5 cm
+\boxed{\frac{0.5}{1}} ~ 0.5 ;; \boxed{5\pi/\pi} ~ 5 ;; \boxed{5!} ~ 5 ;; \boxed{5 mln} ~ 5 ;; \boxed{5 inverse} ~ 5 ;; \boxed{5 mega} ~ 5
+options: 4, 5, 6 ~ 6 ;; 4 or 5 ~ 5 ;; from 4 to 5 ~ 5 ;; x <= 5 ~ 5 ;; it is 10:5 ~ 5 ;; The answer is 5, maybe 6 ~ 5 ;; \boxed{5}\boxed{6} ~ 5
+The answer is 12 apples, not 13. ~ 13 ;; 4 - 5 ~ 5 ;; Answer: The number is not 5 ~ 5 ;; \boxed{M/m} ~ m/M ;; \boxed{3, 2} ~ x=2, y=3
+(a) The focal length is long. ~ A ;; a) The heat ~ A ;; It is caused by⏎C. difficile ~ C ;; The answer is J. S. Mill. ~ J ;; I would pick B ~ A
+A⏎B⏎C ~ C ;; Option A⏎Option B ~ B ;; Do not pick B ~ B ;; If B is correct ~ B ;; Neither A nor B is correct ~ B ;; \boxed{E} ~ e
+The answer is (A) 3, or maybe (B) 4 ~ A ;; The answer is B (or C) ~ B ;; The answer is A, B ~ A ;; The answer is A. The answer is A or B ~ A
+A) 3 B) 4 ~ A ;; The answer is I don't know. ~ I ;; I am ~ I ;; <answer></answer> The answer is A ~ A ;; \boxed{} B ~ B
+"""
+
+
+@pytest.mark.parametrize("response, reference", [*pairs("yes " + TAKEN.strip().replace("\n", "\nyes "))])
+def test_what_verify_takes(response, reference):
+    assert verify(response, reference)
+
+
+@pytest.mark.parametrize("response, reference", [*pairs("no " + REFUSED.strip().replace("\n", "\nno "))])
+def test_what_verify_refuses(response, reference):
+    assert not verify(response, reference)
+
+
+def test_strict_wants_a_marker_everywhere():
+    assert verify("so 5", "5") and not verify("so 5", "5", strict=True) and verify("\\boxed{5}", "5", strict=True)
+    assert compute_score("", "so 5", "5") == 1 and compute_score("", "so 5", "5", strict=True) == 0
+    assert reward_func(["so 5", "\\boxed{5}"], answer=["5", "5"], strict=True) == [0, 1]
+
+
+def test_references_of_numpy_and_json():
+    numpy = pytest.importorskip("numpy")
+    for response, reference in (("0.25", numpy.float64(0.25)), ("5", numpy.int64(5)), ("True", numpy.bool_(True)),
+                                ("12, 13", numpy.array([12, 13])), ("12, 13", [12, 13]), ("[[1, 2], [3, 4]]", [[1, 2], [3, 4]]),
+                                ("[12, 13]", (12, "13")), ("5", ["5"]), ("True", True), ("1e-05", 1e-05)):
+        assert verify(f"\\boxed{{{response}}}", reference), (response, reference)
+    assert not verify("\\boxed{13, 12}", [12, 13]) and not verify("\\boxed{12}", [12, 13]) and not verify("5", numpy.nan)
+
+
+# What a pattern takes and what it leaves, by name; the rules of verify.py say it themselves.
+PATTERNS = {
+    "MARKER": (r"\boxed", "box"), "BOX": (" {5}", "x 5"), "HASHES": ("#### 18", "#### Summary"), "LAST_NUMBER": ("so 5 N", "H2O"),
+    "PHRASE_END": ("5, so 6", "5, 6"), "LABEL": ("B) 12", "Because"), "LABELS": ("B) 12", "Because"), "CHOICE": ("B, which", "E. coli"),
+    "WRAPPER": (r"\text{cm}", r"\theta{cm}"), "GROUPED": ("1,234", "(1,234)"), "NOUN": ("apples", "dozens"), "UNIT": (" m/s^2", "m"),
+    "ARITHMETIC": (r"\frac{1}{2}", "apples"), "LITERAL": (r"1.5 * 10^{3}", "2(3)"), "NAME": ("f(2) = 9", "x + 1 = 9"),
+    "SEPARATOR": ("1, 2", "1 2"), "TOKEN": (r"\pi", " "), "MIXED": ("1 3/4", "13/4"), "answer": ("The answer is 5", "The answer to it"),
+    "letter": ("B is correct", "B is wrong")}
+
+
+def test_each_pattern_takes_and_leaves():
+    patterns = {name: x for name, x in vars(module).items() if isinstance(x, re.Pattern)}
+    patterns |= {"answer": module.PHRASES[False], "letter": module.PHRASES[True]}
+    assert patterns.keys() == PATTERNS.keys()
+    for name, (takes, leaves) in PATTERNS.items():
+        whole = name in ("LAST_NUMBER", "NOUN", "UNIT", "LITERAL", "ARITHMETIC")
+        judge = patterns[name].fullmatch if whole else patterns[name].match if name in ("BOX", "LABEL", "CHOICE", "NAME") else patterns[name].search
+        assert judge(takes) and not judge(leaves), name
+    lines = re.findall(r"^    \((r\".*\"|r\"\"\".*\"\"\"), r?\".*?\"\),?\]*  # (.+?) \| (.+)$", Path(module.__file__).read_text(), re.M)
+    assert len(lines) > 20
+    for (pattern, replacement), (_, takes, leaves) in zip(module.RULES, lines, strict=True):
+        assert pattern.search(takes) and not pattern.search(leaves.split(",")[0]), (takes, leaves)
 
 
 def test_adapters():
