@@ -198,8 +198,8 @@ NOUN = re.compile(
     "(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|lakh|pair|dozen|third|"
     "hal[fv]e?|quarter|[a-z]+(?:teen|ty|th|sand|illion|ed|ing|ly|ary|orial)|not|than|over|under|more|less|"
     "plus|minus|time|percentage|mod|root|power|inverse|mega|square|maybe|sin)s?$)(?=.*[aeiouy])[a-z]{3,}")
-UNIT_NAME = r"(?!(?:and|or)\b)(?:\\?\$|[A-Za-zµΩ]+|°[CF]?|[€¥£¢%])"
-UNIT = re.compile(rf"(?:(?: |/|(?![A-Za-z]\b))(?:{UNIT_NAME} ?(?:\^\{{?-?[0-9]\}}?)?[ */]?)+)?(?<![ */])")
+UNIT_NAME = r"(?!(?:and|or)\b)(?:\\?\$|[A-Za-zµΩ]++|°[CF]?|[€¥£¢%])"
+UNIT = re.compile(rf"(?:(?: |/|(?![A-Za-z]\b))(?:{UNIT_NAME} ?(?:\^\{{?-?[0-9]\}}?)?[ */]?)++)?(?<![ */])")
 ARITHMETIC = re.compile(r"(?:[-+*/^(){}0-9. ]|[eE](?=[-+]?[0-9])|\\(?:frac|sqrt|pi)(?![A-Za-z]))*")
 DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 FRACTION = r"(?:\\frac ?\{[-+]?[0-9]+\} ?\{[-+]?[0-9]+\}|[0-9]+ ?/ ?[-+]?[0-9]+)"
