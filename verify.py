@@ -14,7 +14,7 @@ Finished. verify wants a number worked out: a rational reference is equaled by a
 0.75, 6/8, 1 3/4, 1.5 \times 10^3, any of them with %, a unit or a noun, or by a true chain that ends in one.
 2(3), 12/2 and \sqrt{36} are not 6 to verify. To is_equivalent they are, which compares values.
 
-Equivalence is exact and looks at the whole answer. Where no [convention] is involved, it is symmetric.
+Equivalence of whole answers is exact, of roots to 1,000 digits. Without a [convention] it is symmetric.
     numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
                  1.5e3 = 1.5 \times 10^3     2 million = 2,000,000     0.333 is not 1/3, 1 234 is not 1234
     expressions  + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}
@@ -25,7 +25,7 @@ Equivalence is exact and looks at the whole answer. Where no [convention] is inv
     tuples       (1, 2), matrices, intervals [0, 1); [1, 2] is "1, 2", [1, 2, 3] is (1, 2, 3) [convention]
     sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2"; 2 \pm 1 = {1, 3}; {2, 2, 9} = {2, 9}, but not "2, 2, 9"
     letters      B = (B) = [B] = B. = Option B = "B) 12" = "B, which ...", but not "B or A" [convention]
-    text         all else: equal but for spaces beside symbols, $...$, \text{}, case of words; yes = true
+    text         all else, but for spaces at symbols, $...$, \text{} and word case; yes = true [convention]
 A reference is text, a number or bool, also of numpy, a list, or a solution with a marker or phrase; one that
 is empty or unreadable never matches. Nothing of an answer is executed. What is too large is compared as text.
 """
@@ -198,8 +198,8 @@ NOUN = re.compile(
     "(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|lakh|pair|dozen|third|"
     "hal[fv]e?|quarter|[a-z]+(?:teen|ty|th|sand|illion|ed|ing|ly|ary|orial)|not|than|over|under|more|less|"
     "plus|minus|time|percentage|mod|root|power|inverse|mega|square|maybe|sin)s?$)(?=.*[aeiouy])[a-z]{3,}")
-UNIT_NAME = r"(?!(?:and|or)\b)(?:\\?\$|[A-Za-zµΩ]+|°[CF]?|[€¥£¢%])"
-UNIT = re.compile(rf"(?:(?: |/|(?![A-Za-z]\b))(?:{UNIT_NAME} ?(?:\^\{{?-?[0-9]\}}?)?[ */]?)+)?(?<![ */])")
+UNIT_NAME = r"(?!(?:and|or)\b)(?:\\?\$|[A-Za-zµΩ]++|°[CF]?|[€¥£¢%])"
+UNIT = re.compile(rf"(?:(?: |/|(?![A-Za-z]\b))(?:{UNIT_NAME} ?(?:\^\{{?-?[0-9]\}}?)?[ */]?)++)?(?<![ */])")
 ARITHMETIC = re.compile(r"(?:[-+*/^(){}0-9. ]|[eE](?=[-+]?[0-9])|\\(?:frac|sqrt|pi)(?![A-Za-z]))*")
 DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
 FRACTION = r"(?:\\frac ?\{[-+]?[0-9]+\} ?\{[-+]?[0-9]+\}|[0-9]+ ?/ ?[-+]?[0-9]+)"

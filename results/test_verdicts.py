@@ -46,16 +46,19 @@ phrases   The answer is A as 7 is prime ~ A ;; the answer is 4 so that 5 is not 
 phrases   the answer is 5 as well as 6 ~ 5 as well ;; the answer is basic ~ basic ;; the answer is 4 so what ~ 4 so what
 phrases   first 3 then 4/5 ~ 4/5 ;; costs -7 in all ~ -7 ;; = 7 ~ 7 ;; 1,234.5% more ~ 1,234.5%
 numbers   so \frac{1}{2}. ~ \frac{1}{2} ;; a debt of -$5. ~ -$5 ;; it is 5. <think> Or 6? ~ 5
-nothing   <think> \boxed{5}, or ~ None ;; <think>\boxed{1}</think> none here ~ None ;; B ~ None ;; nothing here ~ None ;; \boxed{1} \boxed 12 ~ None
+nothing   <think> \boxed{5}, or ~ None ;; <think>\boxed{1}</think> none here ~ None ;; B ~ None ;; nothing here ~ None
+nothing   \boxed{1} \boxed 12 ~ None
 nothing   \boxed 7.5 ~ None ;; \boxed 7/8 ~ None ;; \boxed 7, 8 ~ None ;; \boxed -7 ~ None ;; \boxedx 5 ~ None
 nothing   \boxed{1} \boxed{} ~ None ;; \boxed{1} \boxed{2 ~ None ;; #### 4⏎<answer>5 ~ None
 nothing   \boxed{3} <answer></answer> ~ None ;; the answer is 4 \boxed{ ~ None
 phrases   The answer is therefore 18. ~ 18 ;; answer is approximately 3.14 ~ 3.14 ;; The answer is ... 5. ~ 5
 phrases   The answer is 72, in total, so it is 72. ~ 72 ;; The answer is 18 (rounded). ~ 18 ;; answer: 18 - that is all ~ 18
 phrases   Final Answer: The largest n is 34. ~ 34 ;; The answer must be 4. ~ 4 ;; Answer: He had 3 hours left. ~ 3
-phrases   The answer is 7. Indeed, the answer is correct. ~ 7 ;; The answer is 7.⏎Final answer: ~ 7 ;; answer is 2; 3. ~ 2; 3
+phrases   The answer is 7. Indeed, the answer is correct. ~ 7 ;; The answer is 7.⏎Final answer: ~ 7
+phrases   answer is 2; 3. ~ 2; 3
 numbers   the price is $29.00. ~ 29.00 ;; It is therefore **18** dollars. ~ 18 ;; So it is 5 N ~ 5 ;; = 25°C. ~ 25
-nothing   the derivative is 3x ~ None ;; I think H2O ~ None ;; 1. First 2. Second 3. Third ~ None ;; See equation (7). ~ None
+nothing   the derivative is 3x ~ None ;; I think H2O ~ None ;; 1. First 2. Second 3. Third ~ None
+nothing   See equation (7). ~ None
 nothing   x = 1/2x^{12} ~ None ;; it lies in $[0,1)$ ~ None ;; 10-7 ~ None ;; it is 3, and 4, ok ~ None ;; 3 or 4 ~ None
 nothing   it is 5. But why ~ None ;; Since the distance is 1 ~ None ;; 2 * 3 ~ None ;; it is not 5 ~ None ;; 1 3/4 ~ None
 """
@@ -119,24 +122,36 @@ def test_beyond_the_bounds_the_text_is_compared():
 # Response ~ reference: what verify takes, and what it does not.
 TAKEN = r"""
 \boxed{2 \cdot 8 = 16} ~ 16 ;; \boxed{6/8} ~ 0.75 ;; \boxed{1 3/4} ~ 7/4 ;; \boxed{3.2 \times 10^{-19} \text{ J}} ~ 3.2e-19
-\boxed{50\%} ~ 1/2 ;; \boxed{12 \text{ apples}} ~ 12 ;; \boxed{x = 5} ~ 5 ;; \boxed{\sqrt{12}} ~ 2\sqrt3 ;; \boxed{(1, 4/6)} ~ (1, \frac23)
+\boxed{50\%} ~ 1/2 ;; \boxed{12 \text{ apples}} ~ 12 ;; \boxed{x = 5} ~ 5 ;; \boxed{\sqrt{12}} ~ 2\sqrt3
+\boxed{(1, 4/6)} ~ (1, \frac23)
 so \boxed{8} ~ 8 \text{ meals} ;; so 350,000 ~ 350,000 pages ;; The answer is 28.3 MeV ~ 28.3 ;; \boxed{25 \ \Omega} ~ 25
 The answer is B (Paris). ~ B ;; Answer: B - Paris ~ B ;; It is B, which is odd. The answer is B, which is odd. ~ B
-The answer is (G). The derived answer is correct. ~ G ;; \boxed{300} minutes. The answer is (E). ~ E ;; The answer is (E). Answer: ~ E
-So option B is correct. ~ B ;; I would pick B — a safe choice. ~ B ;; The answer should be letter B. ~ B ;; \boxed{Answer: B} ~ B
+The answer is (G). The derived answer is correct. ~ G ;; \boxed{300} minutes. The answer is (E). ~ E
+The answer is (E). Answer: ~ E
+So option B is correct. ~ B ;; I would pick B — a safe choice. ~ B ;; The answer should be letter B. ~ B
+\boxed{Answer: B} ~ B
 B ~ (B) Paris ;; The answer is ... I. ~ I ;; (b) ~ B ;; ANSWER IS D. A is wrong. ~ D ;; \boxed{300} The answer is (E) ~ 300
 The answer is Yes. ~ True ;; True ~ True ;; \boxed{180} ~ So 90 * 2.⏎The answer is: 180. ;; so <boxed{70}\).</answer> ~ 70
 """
 REFUSED = r"""
-\boxed{102^2 - 98^2} ~ 800 ;; \boxed{2+3} ~ 5 ;; \boxed{12/2} ~ 6 ;; \boxed{\frac{4}{2}} ~ 2 ;; \boxed{1*5} ~ 5 ;; \boxed{5^1} ~ 5
-\boxed{\sqrt{25}} ~ 5 ;; \boxed{x=2+3} ~ 5 ;; \boxed{5=2+3} ~ 5 ;; \boxed{2(3)} ~ 6 ;; \boxed{--5} ~ 5 ;; \boxed{2\frac{6}{2}} ~ 5
-\boxed{(1+1, 3)} ~ (2, 3) ;; \boxed{\{1+1, 3\}} ~ \{2, 3\} ;; \boxed{2 \pm 1} ~ 1, 3 ;; \boxed{2+3 \approx 5.0} ~ 5 ;; \boxed{4 + 1 cm} ~ 5 cm
-\boxed{\frac{0.5}{1}} ~ 0.5 ;; \boxed{5\pi/\pi} ~ 5 ;; \boxed{5!} ~ 5 ;; \boxed{5 mln} ~ 5 ;; \boxed{5 inverse} ~ 5 ;; \boxed{5 mega} ~ 5
-options: 4, 5, 6 ~ 6 ;; 4 or 5 ~ 5 ;; from 4 to 5 ~ 5 ;; x <= 5 ~ 5 ;; it is 10:5 ~ 5 ;; The answer is 5, maybe 6 ~ 5 ;; \boxed{5}\boxed{6} ~ 5
-The answer is 12 apples, not 13. ~ 13 ;; 4 - 5 ~ 5 ;; Answer: The number is not 5 ~ 5 ;; \boxed{M/m} ~ m/M ;; \boxed{3, 2} ~ x=2, y=3
-(a) The focal length is long. ~ A ;; a) The heat ~ A ;; It is caused by⏎C. difficile ~ C ;; The answer is J. S. Mill. ~ J ;; I would pick B ~ A
-A⏎B⏎C ~ C ;; Option A⏎Option B ~ B ;; Do not pick B ~ B ;; If B is correct ~ B ;; Neither A nor B is correct ~ B ;; \boxed{E} ~ e
-The answer is (A) 3, or maybe (B) 4 ~ A ;; The answer is B (or C) ~ B ;; The answer is A, B ~ A ;; The answer is A. The answer is A or B ~ A
+\boxed{102^2 - 98^2} ~ 800 ;; \boxed{2+3} ~ 5 ;; \boxed{12/2} ~ 6 ;; \boxed{\frac{4}{2}} ~ 2 ;; \boxed{1*5} ~ 5
+\boxed{5^1} ~ 5
+\boxed{\sqrt{25}} ~ 5 ;; \boxed{x=2+3} ~ 5 ;; \boxed{5=2+3} ~ 5 ;; \boxed{2(3)} ~ 6 ;; \boxed{--5} ~ 5
+\boxed{2\frac{6}{2}} ~ 5
+\boxed{(1+1, 3)} ~ (2, 3) ;; \boxed{\{1+1, 3\}} ~ \{2, 3\} ;; \boxed{2 \pm 1} ~ 1, 3 ;; \boxed{2+3 \approx 5.0} ~ 5
+\boxed{4 + 1 cm} ~ 5 cm
+\boxed{\frac{0.5}{1}} ~ 0.5 ;; \boxed{5\pi/\pi} ~ 5 ;; \boxed{5!} ~ 5 ;; \boxed{5 mln} ~ 5 ;; \boxed{5 inverse} ~ 5
+\boxed{5 mega} ~ 5
+options: 4, 5, 6 ~ 6 ;; 4 or 5 ~ 5 ;; from 4 to 5 ~ 5 ;; x <= 5 ~ 5 ;; it is 10:5 ~ 5 ;; The answer is 5, maybe 6 ~ 5
+\boxed{5}\boxed{6} ~ 5
+The answer is 12 apples, not 13. ~ 13 ;; 4 - 5 ~ 5 ;; Answer: The number is not 5 ~ 5 ;; \boxed{M/m} ~ m/M
+\boxed{3, 2} ~ x=2, y=3
+(a) The focal length is long. ~ A ;; a) The heat ~ A ;; It is caused by⏎C. difficile ~ C ;; The answer is J. S. Mill. ~ J
+I would pick B ~ A
+A⏎B⏎C ~ C ;; Option A⏎Option B ~ B ;; Do not pick B ~ B ;; If B is correct ~ B ;; Neither A nor B is correct ~ B
+\boxed{E} ~ e
+The answer is (A) 3, or maybe (B) 4 ~ A ;; The answer is B (or C) ~ B ;; The answer is A, B ~ A
+The answer is A. The answer is A or B ~ A
 A) 3 B) 4 ~ A ;; The answer is I don't know. ~ I ;; I am ~ I ;; <answer></answer> The answer is A ~ A ;; \boxed{} B ~ B
 """
 
@@ -160,7 +175,7 @@ def test_strict_wants_a_marker_everywhere():
 def test_references_of_numpy_and_json():
     numpy = pytest.importorskip("numpy")
     for response, reference in (("0.25", numpy.float64(0.25)), ("5", numpy.int64(5)), ("True", numpy.bool_(True)),
-                                ("12, 13", numpy.array([12, 13])), ("12, 13", [12, 13]), ("[[1, 2], [3, 4]]", [[1, 2], [3, 4]]),
+                                ("12, 13", numpy.array([12, 13])), ("12, 13", [12, 13]), ("[[1, 0], [2, 3]]", [[1, 0], [2, 3]]),
                                 ("[12, 13]", (12, "13")), ("5", ["5"]), ("True", True), ("1e-05", 1e-05)):
         assert verify(f"\\boxed{{{response}}}", reference), (response, reference)
     assert not verify("\\boxed{13, 12}", [12, 13]) and not verify("\\boxed{12}", [12, 13]) and not verify("5", numpy.nan)
@@ -182,9 +197,11 @@ def test_each_pattern_takes_and_leaves():
     assert patterns.keys() == PATTERNS.keys()
     for name, (takes, leaves) in PATTERNS.items():
         whole = name in ("LAST_NUMBER", "NOUN", "UNIT", "LITERAL", "ARITHMETIC")
-        judge = patterns[name].fullmatch if whole else patterns[name].match if name in ("BOX", "LABEL", "CHOICE", "NAME") else patterns[name].search
+        start = name in ("BOX", "LABEL", "CHOICE", "NAME")
+        judge = patterns[name].fullmatch if whole else patterns[name].match if start else patterns[name].search
         assert judge(takes) and not judge(leaves), name
-    lines = re.findall(r"^    \((r\".*\"|r\"\"\".*\"\"\"), r?\".*?\"\),?\]*  # (.+?) \| (.+)$", Path(module.__file__).read_text(), re.M)
+    source = Path(module.__file__).read_text()
+    lines = re.findall(r"^    \((r\".*\"|r\"\"\".*\"\"\"), r?\".*?\"\),?\]*  # (.+?) \| (.+)$", source, re.MULTILINE)
     assert len(lines) > 20
     for (pattern, replacement), (_, takes, leaves) in zip(module.RULES, lines, strict=True):
         assert pattern.search(takes) and not pattern.search(leaves.split(",")[0]), (takes, leaves)
@@ -313,6 +330,9 @@ def test_long_inputs_cost_time_in_proportion_to_their_length():
 
     for short, long in zip(long_inputs(4_000), long_inputs(40_000)):
         assert any(seconds(long) < 20 * seconds(short) + 0.002 for _ in range(5)), long[:20]  # again if disturbed
+    for tail in ("a" * 300 + "!", "ab " * 200 + "!", "m/" * 200, "(" * 500, "a, " * 300 + "b"):  # no way to split them twice
+        for start in ("5 ", "so it is 5 ", "The answer is B, ", "f(", "\\text{"):
+            assert any(seconds(start + tail) < 0.1 for _ in range(5)), (start, tail[:9])
     nested = "\\boxed{" + "\\{" * 20 + "1" + "\\}" * 20 + "}"
     assert any(seconds(nested) < 0.1 for _ in range(5))
 
