@@ -2,15 +2,15 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
-Order. Text up to the last </think>, or from a later <think> on, does not count. Of the rest this decides:
+Order. Text up to the last </think>, or from a later <think> on, does not count. In the rest, the first of:
     marker   \boxed{}, \fbox{}, <answer></answer> or a line "#### 18", whichever starts last; if it is empty
              or not closed there is no answer. With strict, best for training, nothing else counts
-    phrase   or the last "answer is" or "answer:" that says more than "correct", to the end of the sentence
-    number   or the only word, or the last number if it ends the last line, but for a unit or a few words
+    phrase   the last "answer is" or "answer:" that says more than "correct", to the end of the sentence
+    number   the only word, or the last number if it ends the last line, save for a unit or a few words
 For a reference A to J it is the first of them that names a letter; "I pick B" and "B is correct" are phrases
-too, and instead of a number there is a last or first line like "B" or "B) 12", the only one of its kind.
+too, and in place of a number counts a last or first line like "B" or "B) 12", if it is the only one.
 
-Finished. verify wants a number worked out: a rational reference is equaled by a literal only, such as 12,
+Finished. verify wants a number worked out: a literal reference is matched only by a literal, such as 12,
 0.75, 6/8, 1 3/4, 1.5 \times 10^3, any of them with %, a unit or a noun, or by a true chain that ends in one.
 2(3), 12/2 and \sqrt{36} are not 6 to verify. To is_equivalent they are, which compares values.
 
@@ -21,13 +21,13 @@ Equivalence of whole answers is exact, of roots to 1,000 digits. Without a [conv
     units        %, a unit or a noun may be missing: 50% = 0.5 = 50, 5 cm = 5, 12 apples = 12 [convention];
                  5 cm is not 5 m, nor 0.05 m, 5 mW is not 5 MW, and 12 dozen is not 12
     names        x = 5 is 5 [convention], but not y = 5; f(2) = 9, x \in [0, 1]; x = 1, y = 2 is (1, 2)
-    chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 and x = y = 5 are nothing; \frac13 \approx 0.333 is 1/3
+    chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 and x = y = 5 are text; \frac13 \approx 0.333 is 1/3
     tuples       (1, 2), matrices, intervals [0, 1); [1, 2] is "1, 2", [1, 2, 3] is (1, 2, 3) [convention]
     sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2"; 2 \pm 1 = {1, 3}; {2, 2, 9} = {2, 9}, but not "2, 2, 9"
     letters      B = (B) = [B] = B. = Option B = "B) 12" = "B, which ...", but not "B or A" [convention]
-    text         all else, but for spaces at symbols, $...$, \text{} and word case; yes = true [convention]
+    text         all else, ignoring spaces at symbols, $...$, \text{} and word case; yes = true [convention]
 A reference is text, a number or bool, also of numpy, a list, or a solution with a marker or phrase; one that
-is empty or unreadable never matches. Nothing of an answer is executed. What is too large is compared as text.
+is empty or unreadable never matches. No part of an answer is executed. What is too large is compared as text.
 """
 
 import math
@@ -91,7 +91,7 @@ def marked(text: str) -> str | None:
 
 def stated(text: str, letter: bool = False) -> str | None:
     """What the last phrase says that says anything; of a whole sentence, the number that ends it."""
-    for start in (max(0, len(text) - 300), 0):  # mostly the end suffices
+    for start in (max(0, len(text) - 300), 0):  # the end usually suffices
         for phrase in reversed([*PHRASES[letter].finditer(text, start)]):
             line = text[phrase.end():phrase.end() + MAX_LENGTH].lstrip().split("\n", 1)[0]
             answer = PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *")  # **18** dollars
@@ -138,8 +138,8 @@ CHARACTERS = str.maketrans({
     **dict.fromkeys("\u00a0\u2009\u202f", "\\,"), "\u3000": " "})  # no-break and thin spaces as TeX's
 INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces that hold braces, as for \frac{\sqrt{3}}{2}
 WRAPPER = re.compile(rf"\\(?:text(?:..|normal)?|math..|mbox|operatorname|boldsymbol) ?\{{({INSIDE})\}} ?")
-# Applied from the first to the last: a space in a number before it is a space, and white space last, since
-# others leave it. Behind a rule: what it takes | what it leaves.
+# In this order: a thin space in a number before it becomes a plain one, and white space last, since other
+# rules leave some. After each rule: what it matches | what it does not.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),  # \left( | \leftarrow
     (r"(?:\\\\ ?)?\\end\{[bp]matrix\}", "]]"),  # \end{bmatrix} | \end{vmatrix}
@@ -188,12 +188,12 @@ Number = namedtuple("Number", "value exact unit optional literal")  # optional: 
 Group = namedtuple("Group", "brackets items")  # "" of a list
 Named = namedtuple("Named", "name answer")  # x and 5 of x = 5
 PREFIXES, SYMBOLS = ["", *"kMGTdcmµnp", "Ki", "Mi", "Gi"], "m g s L J N W Wh K Hz eV Pa V A C F T H Ω mol B"
-UNITS = {p + name: p + name for name in SYMBOLS.split() for p in PREFIXES if p + name != "pm"}  # 3 pm
+UNITS = {p + name: p + name for name in SYMBOLS.split() for p in PREFIXES if p + name != "pm"}  # a time
 for aliases in (
         r"$ \$ dollar USD; € euro EUR; ¥ yen; £ pound; ¢ cent; % percent; ° degree; °C celsius; °F; in inch;"
         "ft foot feet; mi mile; mi/h mph; km/h kmh; lb; oz; m meter; cm centimeter; km kilometer; g gram;"
         "kg kilogram; L l liter; mL ml; s second; min minute; h hr hour").split(";"):
-    UNITS |= {alias + plural: aliases.split()[0] for alias in aliases.split() for plural in ("", "s")}
+    UNITS = {alias + plural: aliases.split()[0] for alias in aliases.split() for plural in ("", "s")} | UNITS
 NOUN = re.compile(
     "(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|lakh|pair|dozen|third|"
     "hal[fv]e?|quarter|[a-z]+(?:teen|ty|th|sand|illion|ed|ing|ly|ary|orial)|not|than|over|under|more|less|"
@@ -251,7 +251,7 @@ def parse(text: str, depth: int = 0) -> Number | Group | Named | str:
         text = text if symbols else text.casefold()
         return {"yes": "true", "no": "false"}.get(text, text)
     items = [parse(part, depth + 1) for part in parts]
-    if brackets == "{}":  # merges what is equal
+    if brackets == "{}":  # a set has each element once
         items = [x for i, x in enumerate(items) if not any(equal(x, y) for y in items[:i])]
     named = {item.name: item.answer for item in items if isinstance(item, Named)}
     if not brackets and len(named) == len(items):  # x = 1, y = 2 is (x, y) = (1, 2)
@@ -306,8 +306,8 @@ def as_equation(text: str, depth: int) -> Number | Group | Named | str | None:
 
 
 # ---------------------------------------------------------------------------------------------- Arithmetic
-# Rationals are exact. A root has more digits than an answer can, so that nothing rational passes for it. What
-# answers say of pi, which is transcendental, holds for any number; this one is too long to be written.
+# Rationals are exact. A root has more digits than an answer can have, so nothing rational passes for it. An
+# identity in pi, which is transcendental, holds for any number; this one is too long to be written.
 SCALE, TOLERANCE = 10 ** (MAX_LENGTH + 100), Fraction(1, 10 ** (MAX_LENGTH + 50))
 PI = Fraction(math.pi) + Fraction(1, SCALE)
 TOKEN = re.compile(rf" ?({DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?|\\[a-z]+|\S)")
@@ -319,7 +319,7 @@ PRECEDENCE = {"+": 1, "-": 1} | dict.fromkeys(["*", "/", "(", "{", "\\frac", "\\
 def climb(tokens: list[str], level: int) -> Fraction:
     """The value of the next tokens, as far as operators of this precedence or a higher one go."""
     token = tokens.pop()
-    if level > 3 and token not in CLOSING:  # TeX reads \\sqrt12 as \\sqrt{1}2
+    if level > 3 and token not in CLOSING:  # TeX reads \sqrt12 as \sqrt{1}2
         raise ValueError("no argument")
     if token in CLOSING:
         value = climb(tokens, 1)
@@ -344,7 +344,7 @@ def climb(tokens: list[str], level: int) -> Fraction:
         value **= int(exponent)
     while (precedence := PRECEDENCE.get(tokens[-1], 0)) >= level:
         operator = tokens.pop() if tokens[-1] in "*/" else ""
-        right = climb(tokens, precedence + 1)  # of a sum with its sign
+        right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
         value = value + right if precedence == 1 else value / right if operator == "/" else value * right
         if max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS:
             raise ValueError("too large")
@@ -353,7 +353,7 @@ def climb(tokens: list[str], level: int) -> Fraction:
 
 # ------------------------------------------------------------------------------------------------ Verdicts
 def readable(answer, depth: int = 0) -> str:
-    """An answer as text, "" if nothing equals it: None, NaN, empty text, a marker empty or not closed."""
+    """An answer as text, "" if nothing equals it: None, NaN, empty text, an empty or unclosed marker."""
     answer = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
     if isinstance(answer, (list, tuple)) and depth < MAX_DEPTH:
         items = [readable(item, depth + 1) for item in answer]
@@ -365,24 +365,24 @@ def readable(answer, depth: int = 0) -> str:
 
 
 def option(reference) -> str | None:
-    """The letter of a reference that is one: B, (B) or (B) Paris."""
+    """The letter of a reference that names an option: B, (B) or (B) Paris."""
     reference = normalize(readable(reference)[:MAX_LENGTH])
     return letter_of(reference) if LABEL.match(reference) else None
 
 
-def is_equivalent(answer: str, reference: str | int | float, finished: bool = False) -> bool:
+def is_equivalent(answer: str, reference, finished: bool = False) -> bool:
     """Whether two answers are the same, by the rules at the top of this file. Never raises."""
     letter, answer, reference = option(reference), readable(answer), readable(reference)
     if max(len(answer), len(reference)) > MAX_LENGTH:
         return answer.split() == reference.split()
     if letter:
-        named = letter_of(answer)
+        named = letter_of(answer)  # only a reference written a, not A or (a), is strict on case
         return bool(named) and letter in (named if reference in "abcdefghij" else named + named.swapcase())
     answer, reference = parse(normalize(answer)), parse(normalize(reference))
     return answer != "" and equal(answer, reference, finished)
 
 
-def verify(response: str, reference: str | int | float, strict: bool = False) -> bool:
+def verify(response: str, reference, strict: bool = False) -> bool:
     """Whether the response's final answer is the reference, which may be a whole solution. Never raises."""
     answer = extract_answer(response, strict, bool(option(reference))) if isinstance(response, str) else None
     return is_equivalent(answer, reference, finished=True)
@@ -394,7 +394,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, stri
 
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, strict=False, **kwargs) -> list:
-    """The reward as TRL calls it, of strings or messages; None, which it skips, without a reference."""
+    """The reward as TRL calls it, of strings or messages; None, which TRL skips, if there is no reference."""
     references = next(x for x in (answer, solution, ground_truth, [None] * len(completions)) if x is not None)
     texts = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
     return [float(verify(*pair, strict)) if readable(pair[1]) else None for pair in zip(texts, references)]

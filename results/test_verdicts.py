@@ -207,6 +207,11 @@ def test_each_pattern_takes_and_leaves():
         assert pattern.search(takes) and not pattern.search(leaves.split(",")[0]), (takes, leaves)
 
 
+def test_units_that_differ_by_a_letter():
+    for a, b in (("5 ms", "5 m"), ("5 mW", "5 MW"), ("5 Ms", "5 ms"), ("5 mins", "5 m"), ("5 mm", "5 m"), ("5 K", "5 kg")):
+        assert not is_equivalent(a, b) and not is_equivalent(b, a) and is_equivalent(a, a), (a, b)
+
+
 def test_adapters():
     assert verify("... #### 72", "48/2 = 24\n#### 72") and not verify("#### 71", "#### 72") and not verify("no", "5")
     assert verify(None, "5") is False and verify("5", None) is False
