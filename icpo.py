@@ -391,7 +391,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
 OWN_DEFAULTS = dict(steps=500, max_new_tokens=512, micro_batch=8, lr=1e-6)
 TASK_DEFAULTS = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
 LOGGER = logging.getLogger("icpo")
-UNEQUAL = "log-probs with a cache (sampled) and without (scored) differ by {:.2g} nats a token: not trainable"
+UNEQUAL = "log-probs with a cache (sampled) and without (scored) differ by {:.2g} nats a token: choose another model"
 
 
 @dataclass
@@ -491,7 +491,7 @@ def load_reward(spec: str):
             reward = pkgutil.resolve_name(spec)
         if not callable(reward):
             raise TypeError("not a function")
-    except (Exception, SystemExit) as error:  # the user's module runs when it is imported, and may raise any
+    except (Exception, SystemExit) as error:  # the user's module runs when it is imported
         raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here")
     return reward
 
@@ -571,9 +571,10 @@ def load_model(path: str, device: str):
         ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         missing = sorted(loaded["missing_keys"])
         refuse({
-            f"no weights in it for {', '.join(missing[:3])}: it is no whole language model": missing,
+            f"no weights in it for {', '.join(missing[:3])}: not a whole language model": missing,
             "no tokenizer in it: save it there too": not tokenizer("1", add_special_tokens=False).input_ids,
-            f"tokenizer of {tokenizer.vocab_size}, model of {rows} tokens": tokenizer.vocab_size > rows,
+            f"tokenizer of {tokenizer.vocab_size}, model of {rows} tokens: save its own tokenizer there":
+                tokenizer.vocab_size > rows,
             "no eos token in its tokenizer or generation_config.json": not ends})
         rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # does it work at all?
         difference = (token_log_probs(model, rollout) - rollout.log_probs).abs().mean().item()
@@ -596,7 +597,7 @@ def load_model(path: str, device: str):
 
 class Example(NamedTuple):
     prompt: str        # as it stands in the file
-    reference: object  # what the reward function compares with: as in the file, but of a solution the answer
+    reference: object  # what the reward function compares with: as in the file; of a solution, its answer
     ids: list[int]     # the whole prompt in tokens: system prompt, chat template and suffix included
     opening: str = ""  # the <think> that ends the prompt, where it does: the response begins with it
 
@@ -644,7 +645,7 @@ def load_examples(path: str, tokenizer, config: Config, context: int | None = No
             raise UserError(f"{path}, line {number}: not JSON: {error}; give JSON Lines, an object a line, "
                             f"in UTF-8")
         except Exception as error:  # a chat template may raise anything, and a tokenizer refuses surrogates
-            reason = error if isinstance(error, UserError) else f"tokenizer or chat template fail: {error!r}"
+            reason = error if isinstance(error, UserError) else f"tokenizer or chat template fails: {error!r}"
             raise UserError(f"{path}, line {number}: {reason}")
         if 0 < len(ids) <= longest:
             cut = isinstance(answer, str) and extract_answer(answer, strict=True)
@@ -769,12 +770,14 @@ def until_interrupted(steps):
         signals.append(number)
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
-    if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:  # no other may set a handler
         FORMER_HANDLERS.update({number: signal.signal(number, handler) for number in STOPPING})
     try:
         yield from itertools.takewhile(lambda step: not signals, steps)
     finally:
-        restore_handlers()
+        if main_thread:
+            restore_handlers()
 
 
 def restore_handlers():
