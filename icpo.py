@@ -391,7 +391,7 @@ def train_step(policy, tokenizer, eos_ids: list[int], optimizer, examples: list[
 OWN_DEFAULTS = dict(steps=500, max_new_tokens=512, micro_batch=8, lr=1e-6)
 TASK_DEFAULTS = dict(output_dir="runs/addition", steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
 LOGGER = logging.getLogger("icpo")
-UNEQUAL = "log-probs with a cache (sampled) and without (scored) differ by {:.2g} nats a token: choose another model"
+UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g} nats a token: choose another"
 
 
 @dataclass
