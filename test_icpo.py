@@ -30,12 +30,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen2Tokenizer)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils.logging import warning_once
 
 import icpo
+from examples.addition import write_task
 from icpo import (Config, group_advantage, icpo_advantage, policy_loss, preference_advantage, sample,
-                  sequence_log_prob, token_log_probs)
+                  sequence_log_prob, token_log_probs, uniform_groups)
 from verify import is_equivalent, verify
 
 # One thread, here and in the runs started here: several that wait for each other crawl where something else runs too.
@@ -179,7 +182,8 @@ def test_sequence_log_prob_is_the_mean_over_the_response(dtype):
 @pytest.mark.parametrize("function", [
     sequence_log_prob, preference_advantage, group_advantage, icpo_advantage, policy_loss], ids=lambda f: f.__name__)
 def test_pure_functions_work_pasted_alone(function):
-    needed = [preference_advantage, group_advantage] if function is icpo_advantage else []
+    needed = {group_advantage: [uniform_groups],
+              icpo_advantage: [uniform_groups, group_advantage, preference_advantage]}.get(function, [])
     namespace = {}
     exec("import torch\nfrom torch import Tensor\n" + "".join(map(inspect.getsource, [*needed, function])), namespace)
     l, mask = -torch.rand(3, 4), (torch.rand(3, 4) < 0.7).long()
@@ -340,7 +344,8 @@ def test_a_row_is_what_it_would_be_alone(model, selectable, temperature, monkeyp
             tokens.append(token)
             if token in eos_ids:
                 break
-        assert rollout.ids[b, :len(tokens)].tolist() == tokens and tokens[len(PROMPTS[b // 3]):] == response
+        prompt = rollout.prompts[b, rollout.prompts.shape[1] - rollout.prompt_lengths[b]:].tolist()
+        assert prompt + response == tokens and prompt == PROMPTS[b // 3] and rollout.ids[b, n:].eq(0).all()
         assert rollout.mask[b].tolist() == [t < n for t in range(rollout.mask.shape[1])]
         assert rollout.truncated[b].item() == (response[-1] not in eos_ids) and (n == 8 or not rollout.truncated[b])
         assert all(x[b, n:].eq(0).all() for x in (rollout.log_probs, scored, rollout.entropies))
@@ -392,7 +397,7 @@ def drawn(monkeypatch, logits, uniforms):
     monkeypatch.setattr(model, "forward", lambda input_ids, **kwargs: SimpleNamespace(
         logits=logits.expand(len(input_ids), 1, -1)))
     rollout = sample(model, [[1]], len(uniforms), 1, [])
-    return rollout.ids[:, 1].tolist(), rollout
+    return rollout.ids[:, 0].tolist(), rollout
 
 
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch):
@@ -420,12 +425,13 @@ def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
     alone = rollout.select(torch.tensor([5]))
-    assert alone.ids.shape[1] == len(PROMPTS[1]) + rollout.lengths[5]
+    assert (alone.prompts.shape[1], alone.ids.shape[1]) == (len(PROMPTS[1]), rollout.lengths[5])
     torch.testing.assert_close(gradient(alone, 0), gradient(rollout, 5), atol=1e-4, rtol=1e-4)
-    padding = torch.arange(rollout.ids.shape[1]) >= (rollout.prompt_lengths + rollout.lengths)[:, None]
     other = copy.copy(rollout)
-    other.ids = torch.nn.functional.pad(torch.where(padding, 13, rollout.ids), (0, 6), value=EOS)
-    torch.testing.assert_close(token_log_probs(model, other), values, atol=1e-5, rtol=0)
+    other.ids = torch.nn.functional.pad(torch.where(rollout.mask, rollout.ids, 13), (0, 6), value=EOS)
+    inside = torch.arange(5) >= 5 - rollout.prompt_lengths[:, None]
+    other.prompts = torch.nn.functional.pad(torch.where(inside, rollout.prompts, 13), (6, 0), value=EOS)
+    torch.testing.assert_close(token_log_probs(model, other)[:, :values.shape[1]], values, atol=1e-5, rtol=0)
 
 
 def test_gradient_in_chunks_equals_autograd_of_the_plain_formula(model):
@@ -599,20 +605,16 @@ def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight
 
 def test_rollout_metrics_equal_loops():
     rollout, mean = draw(qwen2()), statistics.mean
-    verified = torch.randint(0, 2, (3, 4), generator=torch.Generator().manual_seed(0)).float()
-    verified[2] = 0
-    noisy = torch.tensor([[0, 0.5, 0.5, 1], [1, 1, 1, 1], [0, 0, 0, 1]])  # some at the mean, all equal, neither
+    rewards = torch.tensor([[0, 0.5, 0.5, 1], [1, 1, 1, 1], [0, 0, 0, 1]])  # some at the mean, all equal, neither
     l = sequence_log_prob(rollout.log_probs, rollout.mask).view(3, 4)
-    metrics = icpo.rollout_metrics(rollout, verified, noisy, l, torch.arange(-5.0, 7.0).view(3, 4), 10.0)
-    groups = [list(zip(v, c)) for v, c in zip(verified.tolist(), l.tolist())]
-    rows, scores = noisy.tolist(), [loop_preference(row, 10.0) for row in l.tolist()]
+    metrics = icpo.rollout_metrics(rollout, rewards, l, 10.0)
+    groups = [list(zip([r > 0.5 for r in row], c)) for row, c in zip(rewards.tolist(), l.tolist())]
+    rows, scores = rewards.tolist(), [loop_preference(row, 10.0) for row in l.tolist()]
     terms = [a * s for row, group in zip(rows, scores) for a, s in zip(loop_advantage(row), group)]
     expected = {
-        "reward/mean": mean(itertools.chain(*rows)), "reward/verified": mean(v for group in groups for v, _ in group),
+        "reward/verified": mean(itertools.chain(*rows)),
         "reward/std": mean(map(statistics.stdev, rows)),
         "groups/uniform_frac": mean(len(set(row)) == 1 for row in rows),
-        "advantage/abs_mean": 3,  # of 5, 4, ..., 0, ..., 6
-        "preference/abs_mean": mean(abs(s) for s in itertools.chain(*scores)),
         "preference/agreement": sum(terms) / sum(map(abs, terms)),
         "confidence/correct": mean(c for group in groups for v, c in group if v),
         "confidence/wrong": mean(c for group in groups for v, c in group if not v),
@@ -622,7 +624,8 @@ def test_rollout_metrics_equal_loops():
         "length/mean": mean(rollout.lengths.tolist()),
         "length/truncated_frac": mean(map(int, rollout.truncated.tolist()))}
     assert metrics == pytest.approx(expected, abs=1e-5)
-    assert icpo.rollout_metrics(rollout, torch.ones(3, 4), noisy, l, noisy, 10.0)["confidence/wrong"] is None
+    assert icpo.rollout_metrics(rollout, rewards, l, -10.0) == metrics  # agreement tells of the model, not of beta
+    assert icpo.rollout_metrics(rollout, torch.ones(3, 4), l, 10.0)["confidence/wrong"] is None
 
 
 # ------------------------------------------------------------------------------------------------------- Whole runs
@@ -652,7 +655,7 @@ def write_jsonl(path, rows):
 def task(tmp_path_factory):
     """The built-in task with a shorter apprenticeship to a less sloppy teacher."""
     folder = tmp_path_factory.mktemp("task") / "run"
-    icpo.write_task(folder, Config(task_warmup_steps=500, task_teacher_error=0.7, device="cpu"))
+    write_task(folder, Config(task_warmup_steps=500, task_teacher_error=0.7, device="cpu"))
     return folder / "task"
 
 
@@ -666,8 +669,8 @@ def own(task, out, *flags):
 def tiny(tmp_path_factory):
     """A saved Qwen2-architecture model with a byte-level BPE tokenizer and a chat template, its weights in bf16."""
     folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = {character: i for i, character in enumerate(sorted(icpo.ByteLevel.alphabet()))}
-    tokenizer = icpo.Qwen2Tokenizer(vocab=vocabulary | {"is": 256, "<|endoftext|>": 257}, merges=[("i", "s")])
+    vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"is": 256, "<|endoftext|>": 257}, merges=[("i", "s")])
     tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}[assistant]{% endif %}")
     torch.manual_seed(0)
@@ -711,7 +714,7 @@ def test_train_step_is_the_six_lines_of_the_header(tiny, tmp_path):
         uniform = len(set(group)) == 1
         expected += [0.0] * 4 if uniform else loop_advantage([r + 0.3 * s for r, s in zip(group, scores)])
     assert any(expected) and len(samples) == 12
-    assert [row["response"] for row in samples] == responses and [row["verified"] for row in samples] == rewards
+    assert [row["response"] for row in samples] == responses and [row["reward"] for row in samples] == rewards
     assert [row["prompt"] for row in samples] == [f"{b // 4} is" for b in range(12)]
     assert [row["confidence"] for row in samples] == pytest.approx(l, abs=1e-5)
     assert [row["advantage"] for row in samples] == pytest.approx(expected, abs=1e-4)
@@ -740,7 +743,7 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     metrics, samples = rows_of(tmp_path / "run" / "metrics.jsonl"), rows_of(tmp_path / "run" / "samples.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2] and len(samples) == 2 * 4
     explained = (ROOT / "results" / "README.md").read_text()
-    assert len(metrics[2]) == 30 and all(f"`{name}`" in explained for name in set(metrics[2]) - {"step"})
+    assert len(metrics[2]) == 26 and all(f"`{name}`" in explained for name in set(metrics[2]) - {"step"})
     assert metrics[2]["reward/errors"] == 0 and metrics[2]["lr"] == pytest.approx(1e-6 * 2 / 5)
     assert metrics[2]["sampling/logp_difference"] < 1e-5
     assert {sample["reference"] for sample in samples} <= {str(n) for n in range(0, 18, 2)}
@@ -764,7 +767,7 @@ def test_prompts_go_through_the_chat_template_and_tokens(tiny, tmp_path):
     assert tokenizer.decode(example.ids) == "2+2 is 4!" and 256 in example.ids
 
 
-def test_evaluation_equals_loops(tiny, monkeypatch):
+def test_evaluation_equals_loops(tiny, monkeypatch, capsys):
     model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
     examples, seen = [icpo.Example("", "r", [n + 1] * (n + 1)) for n in range(5)], {1: [], 3: []}
 
@@ -776,15 +779,15 @@ def test_evaluation_equals_loops(tiny, monkeypatch):
 
     monkeypatch.setattr(icpo, "sample", spy)
     config = Config(prompts_per_step=2, group_size=3, eval_samples=3, max_new_tokens=5, seed=3)
-    metrics, greedy = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config)
+    metrics = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config)
     rewards = {k: [[len(text) % 3 / 2 for text in group] for group in groups] for k, groups in seen.items()}
-    assert greedy == [(texts[0], scores[0]) for texts, scores in zip(seen[1], rewards[1], strict=True)]
+    assert repr(seen[1][0][0][-40:]) in capsys.readouterr().out
     assert metrics == pytest.approx({
         "eval/accuracy": statistics.mean(scores[0] for scores in rewards[1]),
         "eval/mean_at_k": statistics.mean(itertools.chain(*rewards[3])),
         "eval/pass_at_k": statistics.mean(map(max, rewards[3]))})
     assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(seen[3]) == 5
-    assert icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config)[0] == metrics
+    assert icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config) == metrics
 
 
 def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
@@ -819,27 +822,27 @@ def test_failing_rewards_score_zero_are_counted_and_shown_once(caplog):
 
 BROKEN_TEMPLATES = ["no_prompt", "{{none+1}}", "{{1/0}}", "{{messages[9].content}}", "{%if%}", "{{messages.no()}}"]
 BAD = [
-    ("--group-size 1", "--group-size 1: must be at least 2"), ("--alpha 0.5", "below 1/2"), ("--alpha -1", "-1"),
-    ("--steps 0", "--steps 0"), ("--beta 0", "--beta"), ("--lr nan", "--lr nan: must be above 0"),
-    ("--kl-coef -1", "--kl-coef"), ("--reward-noise 2", "from 0 to 1"), ("--temperature 0", "--temperature"),
+    ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "below 1/2"), ("--alpha -1", "-1"),
+    ("--steps 0", "--steps 0"), ("--beta inf", "--beta: must be finite"), ("--lr nan", "--lr nan: must be above 0"),
+    ("--kl-coef -1", "--kl-coef"), ("--clip-low -1", "--clip-low -1.0: must be at least 0"), ("--temperature 0", "--temperature"),
     ("--seed -1", "--seed -1"), ("--resume", "no checkpoint in"), ("--reward nowhere:f", "No module named 'nowhere'"),
     ("--reward verify:nothing", "nothing"), ("--reward bad:f", "SyntaxError"),
     ("--reward verify:MAX_BITS", "not a function"), ("--model code", "code which must be executed"),
-    ("--model no/such/dir", "no/such/dir"), ("--train-data absent.jsonl", "absent.jsonl: No such file"),
-    ("--train-data .", "Is a directory"), ("--train-data broken.jsonl", "broken.jsonl, line 3: not JSON"),
-    ("--train-data keys.jsonl", "line 2: needs a string 'prompt' and an 'answer', has ['prompt', 'reply']"),
-    ("--train-data list.jsonl", "line 1: not an object"), ("--train-data number.jsonl", "line 1: needs a string"),
-    ("--train-data null.jsonl", "line 1: not an object"), ("--output-dir runs/addition", "not empty"),
+    ("--model no/such/dir", "no/such/dir"), ("--train-data absent.jsonl", "No such file or directory: 'absent.jsonl'"),
+    ("--train-data .", "Is a directory"), ("--train-data broken.jsonl", "broken.jsonl, line 3: JSONDecodeError"),
+    ("--train-data keys.jsonl", "line 2: KeyError('answer')"), ("--train-data keys.jsonl", '"reply": "1"'),
+    ("--train-data list.jsonl", "line 1: TypeError"), ("--train-data number.jsonl", "the prompt is no string"),
+    ("--train-data null.jsonl", "line 1: TypeError"), ("--output-dir runs/addition", "not empty"),
     ("--train-data latin.jsonl", "utf-8"),
-    ("--train-data table.csv", "table.csv, line 1: not JSON"),
-    ("--train-data table.csv", "give JSON Lines, an object a line"),
-    ("--train-data array.json", "line 1: not an object; give JSON Lines"), ("--train-data empty.jsonl", "is empty"),
-    ("--train-data surrogate.jsonl", "line 1: tokenizer or chat"), ("--reward leaves:f", "SystemExit"),
+    ("--train-data table.csv", "table.csv, line 1: JSONDecodeError"),
+    ("--train-data table.csv", "give JSON Lines in UTF-8, with 'prompt' and 'answer'"),
+    ("--train-data array.json", "give JSON Lines"), ("--train-data empty.jsonl", "no usable row of 0"),
+    ("--train-data surrogate.jsonl", "prompts that tokenizer and chat template take"), ("--reward leaves:f", "SystemExit"),
     *((f"--model broken --system-prompt {template}", "chat template") for template in BROKEN_TEMPLATES),
     ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
     ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
     ("--model gemma --system-prompt x", "System role not supported"),
-    pytest.param("--device cuda", "must be cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
+    pytest.param("--device cuda", "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
 
 
 @pytest.mark.parametrize("flags, message", BAD)
@@ -875,7 +878,7 @@ def test_resume_names_what_differs_and_a_full_folder_is_refused(tiny, tmp_path, 
              "--output-dir", tmp_path / "run", "--device", "cpu"]
     assert run(*flags) == 0
     assert "is not empty" in error_of(capfd, *flags)
-    assert "another --beta: 10.0, not 3.0" in error_of(capfd, *flags, "--resume", "--beta", 3, "--steps", 2)
+    assert "began with another {'beta': 10.0}" in error_of(capfd, *flags, "--resume", "--beta", 3, "--steps", 2)
     assert run(*flags, "--resume", "--micro-batch", 3, "--gradient-checkpointing", "--steps", 2) == 0
     assert "--model and --train-data need each other" in error_of(capfd, *flags[2:])
 
@@ -936,14 +939,14 @@ def result_of(out):
     """The checkpoint, and the logs without their times."""
     state, logs = torch.load(out / "checkpoint" / "state.pt", weights_only=True), []
     for log in ("metrics.jsonl", "samples.jsonl"):
-        logs.append([{name: value for name, value in row.items() if not name.startswith(("time/", "tokens_per_s"))}
+        logs.append([{name: value for name, value in row.items() if not name.startswith("time/")}
                      for row in rows_of(out / log)])
     tensors = torch.utils._pytree.tree_leaves([state["policy"], state["optimizer"]])
     return state["step"], [torch.as_tensor(x).tolist() for x in tensors if x is not None], logs
 
 
 def test_resume_repeats_an_unbroken_run_bit_for_bit(task, tmp_path):
-    flags = ["--eval-every", 2, "--save-every", 2, "--reward-noise", 0.2, "--prompts-per-step", 4, "--eval-rows", 16]
+    flags = ["--eval-every", 2, "--save-every", 2, "--prompts-per-step", 4, "--eval-rows", 16]
     assert run(*own(task, tmp_path / "whole", *flags, "--steps", 4)) == 0
     assert run(*own(task, tmp_path / "broken", *flags, "--steps", 2)) == 0
     for log in ("metrics.jsonl", "samples.jsonl"):
@@ -1040,21 +1043,20 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint(task, tmp_path, capfd
 def test_no_room_or_no_folder_for_the_task_or_a_lost_log_is_one_line(task, tmp_path, capfd):
     with files_of_at_most(500_000):  # the sums fit in, 0.3M parameters do not
         error = error_of(capfd, "--task-warmup-steps", 1, "--output-dir", tmp_path / "run", "--device", "cpu")
-    assert "model cannot be written" in error
+    assert f"{tmp_path / 'run' / 'task'} cannot be written" in error
     error = error_of(capfd, "--output-dir", task / "train.jsonl" / "run", "--device", "cpu")
     assert "cannot be written: Not a directory" in error
     assert run(*short_run(task, tmp_path / "lost", "--steps", 1)) == 0
     (tmp_path / "lost" / "samples.jsonl").unlink()
     error = error_of(capfd, *short_run(task, tmp_path / "lost", "--steps", 2, "--resume"))
-    assert f"{tmp_path / 'lost' / 'samples.jsonl'}: No such file" in error
+    assert f"No such file or directory: '{tmp_path / 'lost' / 'samples.jsonl'}'" in error
 
 
-def test_truncation_is_told_once_and_noise_flips(task, tmp_path, caplog):
+def test_truncation_is_told_once(task, tmp_path, caplog):
     warning_once.cache_clear()
     for name in "ab":
-        assert run(*short_run(task, tmp_path / name, "--max-new-tokens", 5, "--steps", 3, "--reward-noise", 1)) == 0
-    assert caplog.text.count("were cut at --max-new-tokens 5") == 1
-    assert all(row["reward/mean"] == 1 - row["reward/verified"] for row in rows_of(tmp_path / "b/metrics.jsonl")[1:])
+        assert run(*short_run(task, tmp_path / name, "--max-new-tokens", 5, "--steps", 3)) == 0
+    assert caplog.text.count("were cut: --max-new-tokens may be too low") == 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "no end"])
@@ -1084,8 +1086,8 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 
 def saved(folder, template=None, plain=(), special=(), make=Qwen2ForCausalLM, config=None, **changes):
     """A tiny model with a byte-level tokenizer, saved in the folder; the tokenizer."""
-    vocabulary = {character: i for i, character in enumerate(sorted(icpo.ByteLevel.alphabet()))}
-    tokenizer = icpo.Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
+    vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
     tokenizer.add_tokens([transformers.AddedToken(token, special=False) for token in plain])
     tokenizer.add_tokens([transformers.AddedToken(token, special=True) for token in special])
     tokenizer.chat_template = template
@@ -1099,9 +1101,9 @@ def saved(folder, template=None, plain=(), special=(), make=Qwen2ForCausalLM, co
 def texts(tokenizer, responses, opening="", truncated=False):
     """What the reward gets of one-token prompts and these responses."""
     lengths = torch.tensor([len(ids) for ids in responses])
-    ids = icpo.padded([[5, *ids] for ids in responses], "cpu")
-    rollout = icpo.Rollout(ids, torch.ones_like(lengths), lengths, torch.full((len(lengths),), truncated),
-                           *torch.zeros(2, len(lengths), int(lengths.max())))
+    ids = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, responses)), batch_first=True)
+    rollout = icpo.Rollout(torch.full((len(ids), 1), 5), torch.ones_like(lengths), ids, lengths,
+                           torch.full((len(ids),), truncated), *torch.zeros(2, *ids.shape))
     return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)] * len(responses))
 
 
@@ -1115,7 +1117,7 @@ def test_the_reward_sees_what_the_model_wrote_without_the_token_that_ends_it(tmp
 
 
 @pytest.mark.parametrize("end, opening", [("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n", "<think>\n\n"),
-                                          ("<think>Okay, ", "<think>Okay, "), ("<think>\n\n</think>\n\n", "")])
+                                          ("<think>\n\n</think>\n\n", "")])
 def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, end, opening):
     tokenizer = saved(tmp_path, template=CHATML.replace("assistant\n{% endif", f"assistant\n{end}{{% endif"))
     tokenizer = icpo.load_model(str(tmp_path), "cpu")[1]
@@ -1150,7 +1152,7 @@ def test_a_prompt_begins_once_and_does_not_end(tmp_path):
         assert icpo.encode("2+2 <think>", tokenizer, config)[1] == "<think>"
 
 
-@pytest.mark.parametrize("failure", ["1 / 0", "sys.exit()", "(_ for _ in ()).throw(GeneratorExit)", "[1.0]", "float('nan')"])
+@pytest.mark.parametrize("failure", ["1 / 0", "sys.exit()", "[1.0]", "float('nan')"])
 def test_a_reward_that_always_fails_at_first_ends_the_run_and_later_only_counts(tiny, tmp_path, monkeypatch, capfd, failure):
     module = f"failing_{abs(hash(failure))}"
     (tmp_path / f"{module}.py").write_text(
@@ -1203,7 +1205,7 @@ def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, ca
     saved(tmp_path / "added", vocab_size=257, special=["<image>"])  # added without a row: fine if no prompt has it
     data = [write_jsonl(tmp_path / name, [{"prompt": name, "answer": "1"}]) for name in ("a", "<image>")]
     flags = ["--max-new-tokens", 4, "--steps", 1, "--device", "cpu", "--model", tmp_path / "added", "--train-data"]
-    assert "the token 257, its embedding only 257" in error_of(capfd, *flags, data[1], "--output-dir", tmp_path / "in-vain")
+    assert "a token beyond the 257 rows" in error_of(capfd, *flags, data[1], "--output-dir", tmp_path / "in-vain")
     assert run(*flags, data[0], "--output-dir", tmp_path / "run") == 0
     flags = ["--train-data", "x.jsonl", "--device", "cpu"]
     bert = transformers.BertConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -1213,9 +1215,9 @@ def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, ca
 
 
 WRONG_MODELS = {
-    "run": "a run's folder: its model is run/model", "run/checkpoint": "the model is in run/model",
-    "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "no config.json in it",
-    "adapter": "a LoRA adapter: merge it", "m.gguf": "a file: give the folder",
+    "run": "of a run, the folder model in it", "run/checkpoint": "of a run, the folder model in it",
+    "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "empty: Unrecognized model",
+    "adapter": "of a LoRA adapter, the merged model", "m.gguf": "no single file",
     "models/typo": "no such folder; We couldn", "~/absent": "/absent: no such folder",
     "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
 
@@ -1234,7 +1236,7 @@ def test_what_people_give_for_a_model_is_told_what_it_is(tiny, tmp_path, monkeyp
     (tmp_path / "run/config.json").write_text("{}")
     (tmp_path / "run/checkpoint").mkdir()
     (tmp_path / "run/checkpoint/state.pt").write_text("")
-    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "adapter/config.json").rename(tmp_path / "adapter/adapter_config.json")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert WRONG_MODELS[given] in error_of(capfd, "--model", given, "--train-data", "x.jsonl", "--device", "cpu")
 
@@ -1270,7 +1272,7 @@ def test_one_run_a_folder(tiny, tmp_path, capfd):
     lock = icpo.claim(tmp_path / "run")
     another = f"import icpo; icpo.main({list(map(str, [*own, *flags]))})"
     shown = subprocess.run([sys.executable, "-c", another], cwd=ROOT, capture_output=True, text=True)
-    assert "another run is writing there" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
+    assert "another run in the folder" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
     lock.release()
     assert run(*own, *flags) == 0 and run(*own, *flags, "--resume", "--steps", 2) == 0
     assert "no checkpoint" in error_of(capfd, *own, *flags[:-1], tmp_path / "other", "--resume")
@@ -1320,32 +1322,28 @@ def test_resume_needs_the_data_and_a_whole_checkpoint(tiny, tmp_path, capfd):
     for path, rows in itertools.product(paths, ([("1", "1")], [("1", "1"), ("1", "2")], [("1", "1")] * 3)):
         whole = path.read_bytes()
         write_jsonl(path, [{"prompt": prompt, "answer": answer} for prompt, answer in rows])
-        assert "data are not those" in error_of(capfd, *flags, 2, "--resume")
+        assert "began with another {'data" in error_of(capfd, *flags, 2, "--resume")
         path.write_bytes(whole)
     checkpoint = tmp_path / "run/checkpoint/state.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:999])
     assert "is damaged" in error_of(capfd, *flags, 2, "--resume")
 
 
-def test_a_config_whose_model_is_named_later_has_the_defaults_of_a_model(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(icpo, "load_reward", lambda _: sys.exit("loaded"))
-    monkeypatch.setattr(icpo, "check", lambda config: checked.append(config))
-    checked = []
-    with pytest.raises(SystemExit, match="loaded"):
-        icpo.train(Config(lr=0.5))
-    task, = checked
-    assert (task.steps, task.max_new_tokens, task.micro_batch, task.lr) == (60, 32, 128, 0.5)
-    assert task.output_dir == "runs/addition"
+def test_the_task_has_defaults_of_its_own_and_a_config_those_of_a_model(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(icpo, "train", seen.append)
+    for flags in ([], ["--lr", 0.5], ["--steps", 500], ["--model", "m", "--train-data", "d"]):
+        assert run(*flags) == 0
+    torch.set_num_threads(1)
+    chosen = [(c.steps, c.max_new_tokens, c.micro_batch, c.lr) for c in seen]
+    assert chosen == [(60, 32, 128, 1e-4), (60, 32, 128, 0.5), (500, 32, 128, 1e-4), (500, 512, 8, 1e-6)]
+    assert replace(Config(), model="m", train_data="d") == seen[3]
     monkeypatch.undo()
-    later = replace(Config(), model="some/model")
-    assert (later.steps, later.max_new_tokens, later.micro_batch, later.lr, later.output_dir) == (500, 512, 8, 1e-6, None)
     monkeypatch.chdir(tmp_path)
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": "1"}])
-    config = Config(steps=1, device="cpu", max_new_tokens=4)
-    config.model, config.train_data = str(tiny), str(data)
+    config = Config(model=str(tiny), train_data=str(data), steps=1, device="cpu", max_new_tokens=4)
     icpo.train(config)
-    row = rows_of(tmp_path / "runs" / tiny.name / "metrics.jsonl")[1]
-    assert row["lr"] == pytest.approx(1e-6 / 5) and config.output_dir is None
+    assert rows_of(tmp_path / "runs" / tiny.name / "metrics.jsonl")[1]["lr"] == pytest.approx(1e-6 / 5)
 
 
 SMALLER = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -1398,10 +1396,9 @@ def test_what_a_run_shows_fits_80_columns_and_tells_what_it_does(task, tmp_path)
                                                          "--max-new-tokens", 5, "--eval-samples", 2)]
     shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert shown.returncode == 0 and "Loading weights" not in shown.stderr and "model shards" not in shown.stderr
-    assert "cpu, 1 threads, 0.3M parameters, 7076 prompts; an evaluation takes up to 60 tokens: 4" in shown.stdout
-    number, sample = r"\d.\d{3}", r"\n  '\d\d\+\d\d=' -> '."
-    line = f"step (.): accuracy {number}, mean_at_k {number}, pass_at_k {number}{sample}"
-    assert re.findall(line, shown.stdout) == ["0", "1", "2"]
+    assert "cpu, 1 threads, 0.3M parameters, 7076 prompts; an evaluation samples up to 60 tokens" in shown.stdout
+    line = r"accuracy (0.\d{3}), mean_at_k 0.\d{3}, pass_at_k 0.\d{3}: '\d\d\+\d\d=' -> '."
+    assert len(re.findall(line, shown.stdout)) == 3
     bars = [line for line in re.split(r"[\r\n]", shown.stderr) if "acc=" in line]
     assert bars and all(len(line) <= 80 and re.search(r"acc=\d\.\d\d, reward=\d\.\d\d, entropy=\d", line) for line in bars)
     assert shown.stderr.count("over half of the responses were cut") == 1
