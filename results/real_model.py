@@ -104,8 +104,8 @@ def run(job: dict) -> dict:
     settings = dict(job["settings"])
     advantage = study.variant("adaptive", settings["alpha"]) if settings.pop("adaptive", False) else None
     settings |= {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
-    rows = study.train(advantage, model=located(job["model"]), seed=job["seed"], reward_noise=job["noise"],
-                       device="cpu", **settings)
+    rows = study.train(advantage, job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
+                       **settings)
     curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
     evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]
                    for name in ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")}

@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from tqdm import tqdm
@@ -147,20 +148,33 @@ def variant(form: str | None, start: float, end: float | None = None):
     return advantage
 
 
-def train(advantage=None, **settings) -> list[dict]:
-    """The rows of metrics.jsonl of a run that leaves nothing else; advantage stands in for icpo_advantage."""
+def train(advantage=None, noise: float = 0.0, **settings) -> list[dict]:
+    """The rows of metrics.jsonl of a run that leaves nothing else; advantage stands in for icpo_advantage.
+
+    noise is the probability that the update gets 1 - R for a reward R of the verifier. What is correct is still
+    told by the verifier's rewards; the spread, the uniform groups and the agreement are those trained on.
+    """
     import icpo
     import torch
     torch.set_num_threads(1)  # two runs go at a time
-    own = icpo.icpo_advantage
+    own_advantage, own_metrics, trained_on = advantage or icpo.icpo_advantage, icpo.rollout_metrics, None
+
+    def noisy_advantage(rewards, *args):
+        nonlocal trained_on
+        trained_on = torch.where(torch.rand(rewards.shape) < noise, 1 - rewards, rewards)
+        return own_advantage(trained_on, *args)
+
+    def noisy_metrics(rollout, rewards, *args):
+        noisy = own_metrics(rollout, trained_on, *args)
+        names = ("reward/std", "groups/uniform_frac", "preference/agreement")
+        return own_metrics(rollout, rewards, *args) | {name: noisy[name] for name in names}
+
     with tempfile.TemporaryDirectory(dir=RUNS) as out:
         try:
-            icpo.icpo_advantage = advantage or own
-            quietly(icpo.train, icpo.Config(output_dir=f"{out}/run", save_every=1000, **settings))
+            with patch.multiple(icpo, icpo_advantage=noisy_advantage, rollout_metrics=noisy_metrics):
+                quietly(icpo.train, icpo.Config(output_dir=f"{out}/run", save_every=1000, **settings))
         except KeyboardInterrupt:
             sys.exit(130)  # of a worker that is told to stop, a traceback shows nothing
-        finally:
-            icpo.icpo_advantage = own
         return rows_of(Path(out) / "run/metrics.jsonl")
 
 
@@ -169,9 +183,9 @@ def run(job: dict) -> dict:
     settings, task = dict(job["settings"]), task_folder(job["regime"], job["seed"])
     advantage = variant(settings.pop("form", None), settings.pop("alpha"), settings.pop("alpha_end", None))
     rows = train(
-        advantage, model=str(task / "model"), train_data=str(task / "train.jsonl"), device="cpu", seed=job["seed"],
+        advantage, job["noise"], model=str(task / "model"), train_data=str(task / "train.jsonl"), device="cpu", seed=job["seed"],
         eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=96,
-        reward_noise=job["noise"], steps=STEPS, max_new_tokens=32, micro_batch=128, lr=1e-4, **settings)
+        steps=STEPS, max_new_tokens=32, micro_batch=128, lr=1e-4, **settings)
     result = job | {"area": round(float(np.mean([row["reward/verified"] for row in rows[1:]])), 4)}
     if job["evaluate"]:
         evaluated = [row for row in rows if "eval/accuracy" in row]

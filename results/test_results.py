@@ -127,6 +127,44 @@ def test_study_runs_what_is_missing_and_no_more(small, monkeypatch, capsys):
     assert rows[0]["entropy"][0] == rows[1]["entropy"][0] and "| area | GRPO | gated |" in shown
 
 
+def is_odd(response, reference):
+    """A reward that a model of random weights earns about half of the time."""
+    VERIFIED.append(float(len(response) % 2))
+    return VERIFIED[-1]
+
+
+VERIFIED = []
+
+
+def test_flipped_rewards_are_trained_on_and_the_verifiers_say_what_is_correct(small, tiny):
+    own, trained_on = (icpo.icpo_advantage, icpo.rollout_metrics), []
+
+    def advantage(rewards, l, *rest):
+        trained_on.append((rewards, l))
+        return own[0](rewards, l, *rest)
+
+    settings = dict(model=str(tiny), train_data=str(RESULTS.parent / "examples/times_tables/train.jsonl"),
+                    reward="test_results:is_odd", device="cpu", steps=1, max_new_tokens=4, lr=1e-30)
+    VERIFIED.clear()
+    row = study.train(advantage, 0.3, **settings)[-1]
+    assert own == (icpo.icpo_advantage, icpo.rollout_metrics)
+    (noisy, l), clean = trained_on[0], torch.tensor(VERIFIED).view(16, 8)
+    assert 0.2 < (noisy != clean).float().mean() < 0.4 and torch.equal(noisy[noisy != clean], 1 - clean[noisy != clean])
+    assert row["reward/verified"] == pytest.approx(clean.mean().item())
+    assert row["confidence/correct"] == pytest.approx(l[clean == 1].mean().item())
+    assert row["reward/std"] == pytest.approx(noisy.std(dim=1).mean().item())
+    pull = []
+    for R, x in zip(noisy.tolist(), l.tolist()):
+        mean, spread = sum(R) / 8, torch.tensor(R).std().item()
+        pull += [(R[i] - mean) / spread * sum(math.tanh(5 * (x[j] - x[i])) for j in range(8) if j != i)
+                 for i in range(8) if spread]
+    assert row["preference/agreement"] == pytest.approx(sum(pull) / sum(map(abs, pull)), abs=1e-4)
+    flipped = study.train(None, 1.0, **settings)[-1]
+    unflipped = study.train(None, 0.0, **settings)[-1]
+    assert flipped["reward/verified"] == unflipped["reward/verified"] == row["reward/verified"]
+    assert flipped["preference/agreement"] == pytest.approx(-unflipped["preference/agreement"], abs=1e-5)
+
+
 def test_premise_measures_what_is_missing_and_no_more(small, tiny, capsys):
     shown, rows = twice(premise.main, ["--run", "--model", str(tiny)], small / "premise.jsonl", capsys)
     assert len(rows) == 11 and "| capitals | 0.5 | 4 |" in shown and "| products | 1.0 | 96 |" in shown
