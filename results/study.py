@@ -351,8 +351,6 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     columns = [(regime, noise, cell)
                for regime, noise in [("98%", 0.2), ("slipping", 0.2), ("SmolLM2", 0.0), ("SmolLM2", 0.2)]
                if (cell := [row for row in rows if (row["regime"], row["noise"]) == (regime, noise)])]
-    if not plt or not columns:
-        return
     kinds = [("reward/verified", False, "fraction of samples correct"),
              ("reward/verified", True, "that minus GRPO's\nof the same seed"),
              ("preference/agreement", False, "agreement")]
@@ -385,8 +383,6 @@ def draw_curves(rows: list[dict], path: Path) -> None:
 def draw_when(cells: list[dict], path: Path) -> None:
     """The area of ICPO and of opposite minus GRPO's, over GRPO's first agreement; a dotted line a regime."""
     plt = drawing()
-    if not plt or not cells:
-        return
     _, ax = plt.subplots(figsize=(9.4, 5.4), layout="constrained")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axvline(0, color="black", linewidth=0.8)
@@ -423,8 +419,9 @@ def report(rows: list[dict]) -> None:
     """Prints the tables of the study, and draws the figures."""
     cells = outcomes()
     print("\n\n".join([table(rows, "area", METHODS), claims(rows), when(cells)]))
-    draw_curves(logs("study.jsonl", "real_model.jsonl"), RESULTS / "curves.png")
-    draw_when(cells, RESULTS / "when.png")
+    if cells and drawing():
+        draw_curves(logs("study.jsonl", "real_model.jsonl"), RESULTS / "curves.png")
+        draw_when(cells, RESULTS / "when.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
