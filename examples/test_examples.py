@@ -18,7 +18,6 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import icpo
-import openrlhf_reward
 import plot
 from test_icpo import Keep, prefix_log_prob, rows_of, tiny, update_gradient
 from verify import verify
@@ -44,12 +43,6 @@ def test_blocks_of_the_readme(block, sums, tmp_path, monkeypatch):
         assert names["metrics"]["reward/errors"] == 0 and len(names["samples"]) == 128
     else:
         assert names["advantages"].shape == (32,)
-
-
-def test_openrlhf_reward():
-    given = openrlhf_reward.reward_func(
-        ["1+1= 2", "1+1= 3", "1+1= The answer is 2<|im_end|>\n"], ["1+1="] * 3, ["2"] * 3)
-    assert given["rewards"].tolist() == given["scores"].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("alpha, iterations", [(0.0, 1), (0.1, 1), (0.4, 2)])

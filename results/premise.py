@@ -43,8 +43,7 @@ TASKS = {
 SETTINGS = real_model.STEP | dict(steps=8, lr=1e-30, alpha=0.0)
 COLUMNS = {
     "agreement": "preference/agreement", "accuracy": "reward/verified",
-    "overconfident": "confidence/overconfident_frac", "groups all alike": "groups/uniform_frac",
-    "truncated": "length/truncated_frac", "entropy": "entropy"}
+    "groups all alike": "groups/uniform_frac", "truncated": "length/truncated_frac", "entropy": "entropy"}
 
 
 def names_capital(response: str, reference: str) -> float:
@@ -94,8 +93,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", type=real_model.model_of, default=real_model.WEIGHTS,
                         help=f"folder or hub name (default {real_model.WEIGHTS})")
     args = parser.parse_args(arguments)
-    study.complete(real_model.RESULTS / "premise.jsonl", plan(args.model), args, measure,
-                   lambda rows: print(table(rows)), lambda *_: real_model.prepare(args.model))
+    print(table(study.complete(real_model.RESULTS / "premise.jsonl", plan(args.model), args, measure,
+                               lambda *_: real_model.prepare(args.model))))
 
 
 if __name__ == "__main__":

