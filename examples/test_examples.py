@@ -18,6 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import icpo
+from examples.addition import write_task
 import plot
 from test_icpo import Keep, prefix_log_prob, rows_of, tiny, update_gradient
 from verify import verify
@@ -81,8 +82,9 @@ def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, itera
     prompts, responses = ([row[real.bool()] for row, real in zip(kept[f"{part}_ids"], kept[f"{part}_mask"])]
                           for part in ("prompt", "completion"))
     prompt_lengths, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
-    ids = torch.nn.utils.rnn.pad_sequence([torch.cat(pair) for pair in zip(prompts, responses)], batch_first=True)
-    rollout = icpo.Rollout(ids, prompt_lengths, lengths, lengths < 0, *torch.zeros(2, 16, int(lengths.max())))
+    left, right = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+                   for rows, side in ((prompts, "left"), (responses, "right")))
+    rollout = icpo.Rollout(left, prompt_lengths, right, lengths, lengths < 0, *torch.zeros(2, *right.shape))
     with torch.no_grad():
         rollout.log_probs = icpo.token_log_probs(policy, rollout)
     l = icpo.sequence_log_prob(rollout.log_probs, rollout.mask).view(4, 4)
@@ -124,7 +126,7 @@ assert not left, f"threads that may abort the exit: {left}"
 def sums(tmp_path_factory):
     """The built-in task, warmed up for long enough that responses differ."""
     folder = tmp_path_factory.mktemp("sums") / "run"
-    icpo.write_task(folder, icpo.Config(task_warmup_steps=400, task_teacher_error=0.7, device="cpu"))
+    write_task(folder, icpo.Config(task_warmup_steps=400, task_teacher_error=0.7, device="cpu"))
     return folder / "task"
 
 

@@ -32,6 +32,7 @@ WARM_STARTS = RUNS / "study"
 sys.path.insert(0, str(ROOT))
 
 import icpo
+from examples.addition import write_task
 
 REGIMES = {
     "90%": dict(task_teacher_error=0.9),  # overconfident: the carry in one answer of ten
@@ -105,7 +106,7 @@ def warm_start(job: tuple[str, int]) -> None:
     if not task_folder(regime, seed).exists():
         with tempfile.TemporaryDirectory(dir=WARM_STARTS) as scratch:
             config = icpo.Config(seed=seed, device="cpu", **REGIMES[regime])
-            quietly(icpo.write_task, Path(scratch) / "run", config)
+            quietly(write_task, Path(scratch) / "run", config)
             os.rename(Path(scratch) / "run" / "task", task_folder(regime, seed))
 
 
