@@ -37,9 +37,7 @@ if sys.version_info < (3, 11):
 
 import contextlib
 import copy
-import inspect
 import json
-import logging
 import math
 import os
 import pkgutil
@@ -57,14 +55,17 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, DynamicCache,
-    GenerationConfig, HfArgumentParser, PretrainedConfig, set_seed)
+    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
+    AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser, PretrainedConfig, set_seed)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils.logging import disable_progress_bar
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from verify import extract_answer
 
@@ -212,6 +213,23 @@ class Rollout:
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """For one new token, the query heads that share a key-value head stand side by side as its queries.
+
+    transformers' own, which the prompts take, would copy the cache for each of them where there is padding.
+    """
+    B, H, T, D = query.shape
+    if T > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(B, key.shape[1], -1, D)
+    out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return out.reshape(B, 1, H, -1), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
 def response_logits(model, ids: Tensor, positions: Tensor, count: int, cache=None) -> Tensor:
     """Logits (B, count, V) behind the last tokens of ids (B, S); positions (B, what the cache holds + S)."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
@@ -318,7 +336,6 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_
     count in it, but are computed only if the KL needs them. A non-finite loss or gradient makes no step.
     Raises UserError before the first step if scored and sampled log-probs disagree.
     """
-    first_step = not optimizer.state
     normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
@@ -348,7 +365,8 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_
                 sums[name] += value
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
         tolerance = 0.1 if rollout.ids.is_cuda else 0.01  # for bf16 and float32
-        require(not first_step or epoch > 0 or means["difference"] <= tolerance,
+        first_step = not optimizer.state
+        require(not first_step or means["difference"] <= tolerance,
                 f"--model: {UNEQUAL.format(means['difference'])}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if math.isfinite(sums["loss"] + norm):
@@ -395,7 +413,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 
 # What the built-in task needs other than the defaults; the command line takes it from here without --model.
 TASK = dict(steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
-LOGGER = logging.getLogger("icpo")
+LOGGER = logging.get_logger("icpo")
 UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g} nats a token: choose another"
 
 
@@ -472,7 +490,6 @@ def check(config, out: Path):
             require(holds, f"--{name.replace('_', '-')} {value}: must be {least} 0")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
-    require(math.isfinite(config.beta), "--beta: must be finite")
     require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
     require(not config.resume or (out / "checkpoint/state.pt").exists(),
@@ -538,7 +555,8 @@ def load_model(path, device, gradient_checkpointing=False):
 
     Raises UserError for what is no model, cannot be trained here, or could not be saved again afterwards.
     """
-    disable_progress_bar()  # transformers' own, for files
+    logging.disable_progress_bar()  # transformers' own, for files
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -548,6 +566,8 @@ def load_model(path, device, gradient_checkpointing=False):
         model, loaded = loader.from_pretrained(
             path, config=quietened(config), dtype=torch.float32, trust_remote_code=False,
             output_loading_info=True)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("grouped")
         rows = model.get_input_embeddings().weight.shape[0]
         ends = np.ravel(model.generation_config.eos_token_id).tolist()  # one, several or none
         ends = {*ends, tokenizer.eos_token_id} - {None}
@@ -699,8 +719,8 @@ def writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
-        reason = getattr(error, "strerror", None) or f"no room, or another run in the folder ({error})"
-        raise UserError(f"{path} cannot be written: {reason}; make room, or change --output-dir")
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {reason}; make room, or choose an --output-dir where no run is")
 
 
 def claim(out: Path):
@@ -860,7 +880,7 @@ def train(config: Config) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0],
                               usage="python icpo.py [--flag value ...], where --help lists the flags")
-    comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", Path(__file__).read_text(), re.MULTILINE))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model writes
