@@ -6,12 +6,12 @@ each pair the less probable one is preferred, so that confident errors are pushe
 correct answers are pushed up harder.
 
 One training step, numbered as in train_step:
-  1. Sample G responses to each of P prompts, and keep the log-prob of every token.          sample
-  2. Verify each response against the reference answer: reward R.                            verify.py
-  3. Sequence log-prob l, the "confidence": mean log-prob of a response's tokens. [summary]  sequence_log_prob
-  4. Preference advantage s: compare l in pairs; the less probable wins. [paper, ours]       preference_advantage
-  5. Advantage A: R + alpha * s, normalized over the group as in GRPO. [paper, ours]         icpo_advantage
-  6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.          policy_loss, update
+  1. Sample G responses to each of P prompts, and keep the log-prob of every token.        sample
+  2. Verify each response against the reference answer: reward R.                          verify.py
+  3. Sequence log-prob l, the "confidence": mean log-prob of a response's tokens [summary] sequence_log_prob
+  4. Preference advantage s: compare l in pairs, less probable wins [paper, ours]          preference_advantage
+  5. Advantage A: R + alpha * s, normalized over the group as in GRPO [paper, ours]        icpo_advantage
+  6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.        policy_loss, update
 
 Where each part comes from: [paper] the paper's abstract or its authors' README, [summary] a public summary,
 [ours] our own reading or choice, such as which response of a pair is preferred, or the values of alpha and
@@ -19,15 +19,14 @@ beta. We did not have the full text: what is marked [ours] may differ from it, a
 
 Glossary. P prompts, G responses each, B = P * G prompt-major rows, N positions for the prompt (padded on the
 left), T positions for the response (padded on the right), V vocabulary size:
-  o_i         rollout.ids      (B, T)
-  L_i         rollout.lengths  (B,)    tokens of the response, its end-of-sequence token included
-  l_i         confidence       (P, G)
-  s_i         preference       (P, G)  in [-1, 1]
-  R_i, A_i    rewards, advantages (P, G)
-  log pi      log_probs        (B, T)  from the update's current forward pass
-  log pi_old  rollout.log_probs, old_log_probs (B, T)  one quantity, taken twice: by the sampler (for l), and by
-              the update's first forward pass, before any step (for the ratio)
-  alpha, beta                          weight of s, sharpness of the comparison
+  o_i         rollout.ids          (B, T)
+  L_i         rollout.lengths      (B,)    tokens of the response, its end-of-sequence token included
+  l_i, s_i    confidence, preference  (P, G)
+  R_i, A_i    rewards, advantages     (P, G)
+  log pi      log_probs            (B, T)  from the update's current forward pass
+  log pi_old  one quantity, taken twice: rollout.log_probs (B, T) by the sampler, for l; old_log_probs (B, T)
+              by the update's first forward pass, before any step, for the ratio
+  alpha, beta weight of s, sharpness of the comparison
 """
 
 import sys
@@ -43,7 +42,6 @@ import os
 import pkgutil
 import re
 import signal
-import threading
 import time
 import zlib
 from collections import Counter
@@ -86,8 +84,8 @@ def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
 def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
     """How far each response is preferred to the others of its group, by the model's own log-probs alone.
 
-        P(i > j) = sigmoid(beta * (l_j - l_i))       less probable is preferred; Bradley-Terry form [ours]
-        s_i = mean over j != i of 2 P(i > j) - 1     a score from pairwise comparisons [paper]; its form [ours]
+        P(i > j) = sigmoid(beta * (l_j - l_i))      less probable is preferred; Bradley-Terry form [ours]
+        s_i = mean over j != i of 2 P(i > j) - 1    a score from pairwise comparisons [paper]; its form [ours]
 
     seq_log_probs (P, G) in nats per token, beta in 1 / nats (below 0 the more probable one is preferred)
     -> (P, G) float32 in [-1, 1], detached. Sums to 0 over a group, is 0 if all tie; for large beta, it is
@@ -112,10 +110,8 @@ def group_advantage(rewards: Tensor) -> Tensor:
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
     rewards (P, G) -> (P, G) float32. Uniform groups get exactly 0: an epsilon of 1e-8 in the denominator
-    is too small, as eight rewards of 0.7 have a std of 6e-8. Raises ValueError if G < 2.
+    is too small, as eight rewards of 0.7 have a std of 6e-8.
     """
-    if rewards.shape[-1] < 2:
-        raise ValueError("a group needs at least 2 responses to compare")
     r = rewards.detach().float()
     centered = r - r.mean(dim=-1, keepdim=True)
     return torch.where(uniform_groups(r), 0, centered / r.std(dim=-1, keepdim=True))
@@ -201,7 +197,7 @@ class Rollout:
         N, T = self.prompts.shape[1], self.ids.shape[1]
         return torch.arange(N + T, device=self.ids.device) - N + self.prompt_lengths[:, None]
 
-    def select(self, rows: Tensor) -> "Rollout":
+    def select(self, rows: Tensor | slice) -> "Rollout":
         """The given rows, in that order, trimmed to the longest of them."""
         prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
         N, T = prompt_lengths.max(), lengths.max()
@@ -211,23 +207,6 @@ class Rollout:
     def responses(self) -> list[list[int]]:
         """The token ids of each response."""
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
-
-
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """For one new token, the query heads that share a key-value head stand side by side as its queries.
-
-    transformers' own, which the prompts take, would copy the cache for each of them where there is padding.
-    """
-    B, H, T, D = query.shape
-    if T > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    grouped = query.reshape(B, key.shape[1], -1, D)
-    out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
-    return out.reshape(B, 1, H, -1), None
-
-
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def response_logits(model, ids: Tensor, positions: Tensor, count: int, cache=None) -> Tensor:
@@ -303,7 +282,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
 
     for x in (ids, log_probs, entropies):
         x[~rollout.mask] = 0  # rows that could not leave went on behind their end
-    return rollout.select(torch.arange(B, device=device))
+    return rollout.select(slice(None))
 
 
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
@@ -436,7 +415,7 @@ class Config:
     resume: bool = False  # continue from the last checkpoint in --output-dir
     save_every: int = 20  # steps between checkpoints
     seed: int = 0  # every random number follows from the seed and the step
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if there is one
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda; a GPU if there is one
     # Sampling and optimization
     steps: int = 500  # training steps in all, also after --resume (built-in task: 60)
     prompts_per_step: int = 16  # prompts in a step (P)
@@ -550,6 +529,23 @@ def closing_token(tokenizer) -> set:
     return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """For one new token, the query heads that share a key-value head stand side by side as its queries.
+
+    transformers' own, which the prompts take, would copy the cache for each of them where there is padding.
+    """
+    B, H, T, D = query.shape
+    if T > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    grouped = query.reshape(B, key.shape[1], -1, D)
+    out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    return out.reshape(B, 1, H, -1), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
 def load_model(path, device, gradient_checkpointing=False):
     """A model fit for training, its tokenizer, and the ids of the tokens that end a response.
 
@@ -592,9 +588,9 @@ def load_model(path, device, gradient_checkpointing=False):
         return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         reason = " ".join((str(error) or repr(error)).split())[:200]
-        found = "" if Path(path).exists() else "no such folder; "
-        raise UserError(f"--model {path}: {found}{reason}; give a whole model's folder or hub name: of a run, "
-                        f"the folder model in it; of a LoRA adapter, the merged model; no single file")
+        raise UserError(
+            f"--model {path}: {'' if Path(path).exists() else 'no such folder; '}{reason}; give a whole "
+            f"model's folder or hub name: of a run, its folder model; of a LoRA adapter, the merged model; no file")
 
 
 class Example(NamedTuple):
@@ -609,7 +605,7 @@ def encode(prompt, tokenizer, config):
     asked, special = prompt + config.prompt_suffix, False
     if tokenizer.chat_template and not config.no_chat_template:
         messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": asked}]
-        messages = messages if config.system_prompt else messages[1:]
+        messages = messages[not config.system_prompt:]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         require(asked.strip() in text, "it leaves the prompt out; --no-chat-template goes without it")
     else:
@@ -634,28 +630,28 @@ def load_examples(path, tokenizer, config, context=None) -> list[Example]:
         try:
             row = json.loads(line)
             prompt, answer = row[config.prompt_key], row[config.answer_key]
-            require(isinstance(prompt, str) and answer is not None, "the prompt is no string, or the answer null")
+            require(isinstance(prompt, str) and answer is not None, "prompt no string, or answer null")
             ids, opening = encode(prompt, tokenizer, config)
         except Exception as error:  # no JSON, no such key, or whatever a tokenizer or chat template raises
-            raise UserError(f"{path}, line {number}: {error!r} in {line[:60]!r}; give JSON Lines in UTF-8, with "
-                            f"{config.prompt_key!r} and {config.answer_key!r} (--prompt-key, --answer-key) in each "
-                            f"line, and prompts that tokenizer and chat template take")
+            raise UserError(
+                f"{path}, line {number}: {error!r} in {line[:60]!r}; give JSON Lines in UTF-8, in each "
+                f"{config.prompt_key!r} and {config.answer_key!r} (--prompt-key, --answer-key), and prompts "
+                f"that tokenizer and chat template take")
         if 0 < len(ids) <= longest:
             marked = isinstance(answer, str) and extract_answer(answer, strict=True)
             examples.append(Example(prompt, marked or answer, ids, opening))
     if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
-    require(examples, f"{path}: no usable row of {len(lines)}: a prompt may have {longest} tokens, the least of "
-                      f"--max-prompt-tokens and the context of {context} without --max-new-tokens")
+    require(examples, f"{path}: no usable row of {len(lines)}: a prompt may have {longest} tokens, the least "
+                      f"of --max-prompt-tokens and the context of {context} without --max-new-tokens")
     return examples
 
 
 def texts_of(rollout: Rollout, tokenizer, examples) -> list[str]:
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
-    rows = zip(rollout.responses(), rollout.truncated.tolist())
     texts = [tokenizer.decode(ids if truncated else ids[:-1], clean_up_tokenization_spaces=False)
-             for ids, truncated in rows]
+             for ids, truncated in zip(rollout.responses(), rollout.truncated.tolist())]
     return [examples[b // G].opening + text for b, text in enumerate(texts)]
 
 
@@ -664,22 +660,21 @@ def rollout_metrics(rollout: Rollout, rewards, confidence, beta) -> dict:
     def mean(x):
         return x.float().mean().item() if x.numel() else None
 
-    correct = rewards > 0.5
-    surest_is_correct = correct.gather(1, confidence.argmax(dim=1, keepdim=True)).squeeze(1)
+    correct, surest = rewards > 0.5, confidence.argmax(dim=1, keepdim=True)
     agreement = group_advantage(rewards) * preference_advantage(confidence, abs(beta))
     return {
         "reward/verified": mean(rewards), "reward/std": mean(rewards.std(dim=1)),
         "groups/uniform_frac": mean(uniform_groups(rewards)),
         "preference/agreement": (agreement.sum() / agreement.abs().sum().clamp(min=1e-9)).item(),
         "confidence/correct": mean(confidence[correct]), "confidence/wrong": mean(confidence[~correct]),
-        "confidence/overconfident_frac": mean(correct.any(dim=1) & ~surest_is_correct),
+        "confidence/overconfident_frac": mean(correct.any(dim=1, keepdim=True) & ~correct.gather(1, surest)),
         "entropy": mean(rollout.entropies[rollout.mask]),
         "length/mean": mean(rollout.lengths), "length/truncated_frac": mean(rollout.truncated),
     }
 
 
 def evaluate(policy, tokenizer, eos_ids, examples, reward, config) -> dict:
-    """Metrics of greedy responses, and of k = eval_samples more; shows them, and the first greedy response."""
+    """Metrics of greedy responses and of k = eval_samples more; shows them, and the first greedy response."""
     if not examples:
         return {}
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
@@ -720,7 +715,7 @@ def writing(path):
         yield
     except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written: {reason}; make room, or choose an --output-dir where no run is")
+        raise UserError(f"{path} cannot be written: {reason}; make room, or choose a free --output-dir")
 
 
 def claim(out: Path):
@@ -750,7 +745,7 @@ def until_interrupted(steps):
         signals.append(number)
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
-    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+    with contextlib.suppress(ValueError):  # only the main thread may set a handler
         FORMER_HANDLERS.update({number: signal.signal(number, handler) for number in STOPPING})
     try:
         for step in steps:
@@ -805,8 +800,8 @@ def train(config: Config) -> dict:
 
     Returns the last evaluation's metrics. Raises UserError.
     """
-    name = Path(config.model or "addition").resolve().name
-    out = Path(config.output_dir or f"runs/{name}").resolve()  # the reward may change the working folder
+    # Absolute, since the reward function may change the working folder.
+    out = Path(config.output_dir or f"runs/{Path(config.model or 'addition').resolve().name}").resolve()
     check(config, out)
     settings = asdict(config)
     if not config.model:
@@ -816,11 +811,13 @@ def train(config: Config) -> dict:
             with writing(out / "task"):
                 write_task(out, config)
         task = f"{out}/task"
-        config = replace(config, model=f"{task}/model", train_data=f"{task}/train.jsonl", eval_data=f"{task}/eval.jsonl")
+        config = replace(
+            config, model=f"{task}/model", train_data=f"{task}/train.jsonl", eval_data=f"{task}/eval.jsonl")
     policy, tokenizer, eos_ids = load_model(config.model, config.device, config.gradient_checkpointing)
     ref_model = load_model(config.model, config.device)[0] if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
-    held_out = load_examples(config.eval_data, tokenizer, config)[:config.eval_rows] if config.eval_data else []
+    held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
+    held_out = held_out[:config.eval_rows]
     rows = policy.get_input_embeddings().weight.shape[0]
     require(max(max(example.ids) for example in examples + held_out) < rows,
             f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
@@ -848,7 +845,8 @@ def train(config: Config) -> dict:
             optimizer.param_groups[0]["lr"] = lr
             indices = batch_indices(len(examples), step, config.prompts_per_step, config.seed)
             batch = [examples[i] for i in indices]
-            metrics, samples = train_step(policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
+            metrics, samples = train_step(
+                policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
             metrics["lr"] = lr
         if step % config.eval_every == 0 or step == config.steps:
             evaluated = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)

@@ -165,7 +165,7 @@ def test_the_std_is_the_unbiased_one_and_near_ties_stay_small():
 
 
 def test_groups_of_one_and_unknown_aggregations_are_refused():
-    for function in (lambda x: preference_advantage(x, 1.0), group_advantage, lambda x: icpo_advantage(x, x, 0.1, 1.0)):
+    for function in (lambda x: preference_advantage(x, 1.0), lambda x: icpo_advantage(x, x, 0.1, 1.0)):
         with pytest.raises(ValueError, match="at least 2"):
             function(torch.zeros(3, 1))
     with pytest.raises(ValueError, match="mean"):
@@ -831,11 +831,11 @@ BAD = [
     ("--model no/such/dir", "no/such/dir"), ("--train-data absent.jsonl", "No such file or directory: 'absent.jsonl'"),
     ("--train-data .", "Is a directory"), ("--train-data broken.jsonl", "broken.jsonl, line 3: JSONDecodeError"),
     ("--train-data keys.jsonl", "line 2: KeyError('answer')"), ("--train-data keys.jsonl", '"reply": "1"'),
-    ("--train-data list.jsonl", "line 1: TypeError"), ("--train-data number.jsonl", "the prompt is no string"),
+    ("--train-data list.jsonl", "line 1: TypeError"), ("--train-data number.jsonl", "prompt no string"),
     ("--train-data null.jsonl", "line 1: TypeError"), ("--output-dir runs/addition", "not empty"),
     ("--train-data latin.jsonl", "utf-8"),
     ("--train-data table.csv", "table.csv, line 1: JSONDecodeError"),
-    ("--train-data table.csv", "give JSON Lines in UTF-8, with 'prompt' and 'answer'"),
+    ("--train-data table.csv", "give JSON Lines in UTF-8, in each 'prompt' and 'answer'"),
     ("--train-data array.json", "give JSON Lines"), ("--train-data empty.jsonl", "no usable row of 0"),
     ("--train-data surrogate.jsonl", "prompts that tokenizer and chat template take"), ("--reward leaves:f", "SystemExit"),
     *((f"--model broken --system-prompt {template}", "chat template") for template in BROKEN_TEMPLATES),
@@ -1215,9 +1215,9 @@ def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, ca
 
 
 WRONG_MODELS = {
-    "run": "of a run, the folder model in it", "run/checkpoint": "of a run, the folder model in it",
+    "run": "of a run, its folder model", "run/checkpoint": "of a run, its folder model",
     "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "empty: Unrecognized model",
-    "adapter": "of a LoRA adapter, the merged model", "m.gguf": "no single file",
+    "adapter": "of a LoRA adapter, the merged model", "m.gguf": "the merged model; no file",
     "models/typo": "no such folder; We couldn", "~/absent": "/absent: no such folder",
     "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
 
@@ -1272,7 +1272,7 @@ def test_one_run_a_folder(tiny, tmp_path, capfd):
     lock = icpo.claim(tmp_path / "run")
     another = f"import icpo; icpo.main({list(map(str, [*own, *flags]))})"
     shown = subprocess.run([sys.executable, "-c", another], cwd=ROOT, capture_output=True, text=True)
-    assert "choose an --output-dir where no run is" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
+    assert "choose a free --output-dir" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
     lock.release()
     assert run(*own, *flags) == 0 and run(*own, *flags, "--resume", "--steps", 2) == 0
     assert "no checkpoint" in error_of(capfd, *own, *flags[:-1], tmp_path / "other", "--resume")
