@@ -6,12 +6,12 @@ each pair the less probable one is preferred, so that confident errors are pushe
 correct answers are pushed up harder.
 
 One training step, numbered as in train_step:
-  1. Sample G responses to each of P prompts, and keep the log-prob of every token.        sample
-  2. Verify each response against the reference answer: reward R.                          verify.py
-  3. Sequence log-prob l, the "confidence": mean log-prob of a response's tokens [summary] sequence_log_prob
-  4. Preference advantage s: compare l in pairs, less probable wins [paper, ours]          preference_advantage
-  5. Advantage A: R + alpha * s, normalized over the group as in GRPO [paper, ours]        icpo_advantage
-  6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.        policy_loss, update
+  1. Sample G responses to each of P prompts, and keep the log-prob of every token.       sample
+  2. Verify each response against the reference answer: reward R.                         verify.py
+  3. Sequence log-prob l, the "confidence": mean log-prob of a response's tokens [summary]sequence_log_prob
+  4. Preference advantage s: compare l in pairs, less probable wins [paper, ours]         preference_advantage
+  5. Advantage A: R + alpha * s, normalized over the group as in GRPO [paper, ours]       icpo_advantage
+  6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
 
 Where each part comes from: [paper] the paper's abstract or its authors' README, [summary] a public summary,
 [ours] our own reading or choice, such as which response of a pair is preferred, or the values of alpha and
@@ -197,15 +197,15 @@ class Rollout:
         N, T = self.prompts.shape[1], self.ids.shape[1]
         return torch.arange(N + T, device=self.ids.device) - N + self.prompt_lengths[:, None]
 
-    def select(self, rows: Tensor | slice) -> "Rollout":
+    def select(self, rows) -> "Rollout":
         """The given rows, in that order, trimmed to the longest of them."""
         prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
         N, T = prompt_lengths.max(), lengths.max()
         return Rollout(self.prompts[rows, -N:], prompt_lengths, self.ids[rows, :T], lengths,
                        self.truncated[rows], self.log_probs[rows, :T], self.entropies[rows, :T])
 
-    def responses(self) -> list[list[int]]:
-        """The token ids of each response."""
+    def responses(self) -> list:
+        """The token ids of each response, without padding."""
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 
@@ -589,8 +589,8 @@ def load_model(path, device, gradient_checkpointing=False):
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         reason = " ".join((str(error) or repr(error)).split())[:200]
         raise UserError(
-            f"--model {path}: {'' if Path(path).exists() else 'no such folder; '}{reason}; give a whole "
-            f"model's folder or hub name: of a run, its folder model; of a LoRA adapter, the merged model; no file")
+            f"--model {path}: {'' if Path(path).exists() else 'no such folder; '}{reason}; give "
+            f"a whole model's folder or hub name: of a run, its folder model; no LoRA adapter, no file")
 
 
 class Example(NamedTuple):
@@ -674,7 +674,7 @@ def rollout_metrics(rollout: Rollout, rewards, confidence, beta) -> dict:
 
 
 def evaluate(policy, tokenizer, eos_ids, examples, reward, config) -> dict:
-    """Metrics of greedy responses and of k = eval_samples more; shows them, and the first greedy response."""
+    """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
     if not examples:
         return {}
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
@@ -689,13 +689,14 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config) -> dict:
         return responses, score_responses(reward, responses, examples)[0]
 
     greedy, rewards = respond(1, temperature=0)
+    worst = rewards.argmin()
     metrics = {"eval/accuracy": rewards.mean().item()}
     if config.eval_samples:
         _, rewards = respond(config.eval_samples, config.temperature)
         metrics["eval/mean_at_k"] = rewards.mean().item()
         metrics["eval/pass_at_k"] = rewards.amax(dim=1).mean().item()
     values = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
-    tqdm.write(f"{values}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}")
+    tqdm.write(f"{values}: {examples[worst].prompt[-20:]!r} -> {greedy[worst][-40:]!r}")
     return metrics
 
 

@@ -48,12 +48,22 @@ ROOT = Path(icpo.__file__).parent
 
 # ---------------------------------------------------------------------------------------------- Preference advantage
 
+def test_the_worked_example_of_the_readme():
+    rows = re.findall(r"^\| (?:correct|wrong), .*", (ROOT / "README.md").read_text().replace("−", "-"), re.MULTILINE)
+    l, s, R, grpo, icpo_ = torch.tensor([[float(x.strip("* ")) for x in row.split("|")[2:7]] for row in rows]).T
+    torch.testing.assert_close(preference_advantage(l[None], Config().beta)[0], s, atol=5e-4, rtol=0)
+    torch.testing.assert_close(group_advantage(R[None])[0], grpo, atol=5e-4, rtol=0)
+    torch.testing.assert_close(icpo_advantage(R[None], l[None], Config().alpha, Config().beta)[0], icpo_, atol=5e-4, rtol=0)
+    assert len(rows) == 4 and R.tolist() == [1, 1, 0, 0]
+
+
 def test_preference_by_hand():
     # A gap of ln 3 at beta 1 is a preference of 3/4, so a score of 2 * 3/4 - 1 = 1/2; one of 2 ln 3 is 9/10, so 4/5.
     ln3 = math.log(3)
     torch.testing.assert_close(preference_advantage(torch.tensor([[0.0, -ln3]]), 1.0), torch.tensor([[-0.5, 0.5]]))
     expected = torch.tensor([[(-0.5 - 0.8) / 2, 0.0, (0.5 + 0.8) / 2]])
     torch.testing.assert_close(preference_advantage(torch.tensor([[0.0, -ln3, -2 * ln3]]), 1.0), expected)
+    torch.testing.assert_close(preference_advantage(torch.tensor([[0.0, -ln3]]), -1.0), torch.tensor([[0.5, -0.5]]))
     scaled_down = preference_advantage(torch.tensor([[0.0, -ln3 / 10]]), 10.0)
     torch.testing.assert_close(scaled_down, torch.tensor([[-0.5, 0.5]]))
 
@@ -177,17 +187,20 @@ def test_sequence_log_prob_is_the_mean_over_the_response(dtype):
     log_probs = torch.tensor([[-1.0, -2.0, -3.0, math.nan], [-4.0, 9.0, 9.0, 9.0]])  # the padding holds rubbish
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=dtype)
     assert sequence_log_prob(log_probs, mask).tolist() == [-2.0, -4.0]
+    many = torch.full((1, 1000), -1.0, dtype=torch.bfloat16)  # a sum in bf16 would stop at -256
+    assert sequence_log_prob(many, torch.ones(1, 1000)).tolist() == [-1.0]
 
 
 @pytest.mark.parametrize("function", [
-    sequence_log_prob, preference_advantage, group_advantage, icpo_advantage, policy_loss], ids=lambda f: f.__name__)
+    sequence_log_prob, preference_advantage, uniform_groups, group_advantage, icpo_advantage, policy_loss],
+    ids=lambda f: f.__name__)
 def test_pure_functions_work_pasted_alone(function):
     needed = {group_advantage: [uniform_groups],
               icpo_advantage: [uniform_groups, group_advantage, preference_advantage]}.get(function, [])
     namespace = {}
     exec("import torch\nfrom torch import Tensor\n" + "".join(map(inspect.getsource, [*needed, function])), namespace)
     l, mask = -torch.rand(3, 4), (torch.rand(3, 4) < 0.7).long()
-    arguments = {sequence_log_prob: (l, mask), preference_advantage: (l, 5.0), group_advantage: (l,),
+    arguments = {sequence_log_prob: (l, mask), preference_advantage: (l, 5.0), group_advantage: (l,), uniform_groups: (l,),
                  icpo_advantage: (l.round(), l, 0.3, 5.0), policy_loss: (l, l - 0.1, l[:, 0], mask)}[function]
     torch.testing.assert_close(namespace[function.__name__](*arguments), function(*arguments))
 
@@ -328,7 +341,12 @@ def test_a_row_is_what_it_would_be_alone(model, selectable, temperature, monkeyp
     if not selectable:  # as with caches that cannot be repeated and selected by row
         monkeypatch.setattr(icpo, "DynamicLayer", None)
     eos_ids = [EOS, 0, 11, 14]  # the padding id too; so many that a row which stays in the batch ends twice
+    rows = []
+    hook = model.register_forward_pre_hook(lambda m, args, kw: rows.append(len(kw["input_ids"])), with_kwargs=True)
     rollout = draw(model, group_size=3, max_new_tokens=8, seed=4, temperature=temperature, eos_ids=eos_ids)
+    hook.remove()
+    alive = [sum(n > t for n in rollout.lengths.tolist()) for t in range(1, rollout.ids.shape[1])]
+    assert rows == ([3, *alive] if selectable else [9] * len(rows))  # a prefill a prompt, and no row behind its end
     scored = token_log_probs(model, rollout, temperature)
     uniforms = torch.rand(9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     assert scored.dtype == torch.float32 and scored.shape == rollout.mask.shape
@@ -781,7 +799,8 @@ def test_evaluation_equals_loops(tiny, monkeypatch, capsys):
     config = Config(prompts_per_step=2, group_size=3, eval_samples=3, max_new_tokens=5, seed=3)
     metrics = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda text, _: len(text) % 3 / 2, config)
     rewards = {k: [[len(text) % 3 / 2 for text in group] for group in groups] for k, groups in seen.items()}
-    assert repr(seen[1][0][0][-40:]) in capsys.readouterr().out
+    worst = min(seen[1], key=lambda group: len(group[0]) % 3)[0]
+    assert f"-> {worst[-40:]!r}" in capsys.readouterr().out
     assert metrics == pytest.approx({
         "eval/accuracy": statistics.mean(scores[0] for scores in rewards[1]),
         "eval/mean_at_k": statistics.mean(itertools.chain(*rewards[3])),
@@ -1217,7 +1236,7 @@ def test_weights_that_are_missing_and_ids_without_a_row_are_refused(tmp_path, ca
 WRONG_MODELS = {
     "run": "of a run, its folder model", "run/checkpoint": "of a run, its folder model",
     "bare": "no tokenizer in it", "half": "no tokenizer in it", "empty": "empty: Unrecognized model",
-    "adapter": "of a LoRA adapter, the merged model", "m.gguf": "the merged model; no file",
+    "adapter": "no LoRA adapter, no file", "m.gguf": "no LoRA adapter, no file",
     "models/typo": "no such folder; We couldn", "~/absent": "/absent: no such folder",
     "./absent": "./absent: no such folder", "a/b/c": "a/b/c: no such folder"}
 
