@@ -8,7 +8,7 @@ correct answers are pushed up harder.
 One training step, numbered as in train_step:
   1. Sample G responses to each of P prompts, and keep the log-prob of every token.       sample
   2. Verify each response against the reference answer: reward R.                         verify.py
-  3. Sequence log-prob l, the "confidence": mean log-prob of a response's tokens [summary]sequence_log_prob
+  3. Sequence log-prob l, the "confidence": mean log-prob of its tokens [summary]         sequence_log_prob
   4. Preference advantage s: compare l in pairs, less probable wins [paper, ours]         preference_advantage
   5. Advantage A: R + alpha * s, normalized over the group as in GRPO [paper, ours]       icpo_advantage
   6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
