@@ -13,7 +13,8 @@ responses and new tokens, no early end but in the setting "ends". Each is a proc
 their steps in turns, so that a noisy machine treats them alike, but in "smollm2" and on a GPU, for want of
 memory, one after another. The first step is not counted. The table gives the median of a step's process CPU
 time, on a GPU of its wall time, for the others as a multiple of bare; tokens sampled per second of wall time;
-and the peak of memory above the loaded model. On a GPU all have float32 weights and bf16 autocast.
+and the peak of memory above the loaded model. On a GPU all have float32 weights and bf16 autocast, and none
+cuDNN's attention, which plans anew for every length.
 """
 
 import argparse
@@ -286,6 +287,7 @@ def main() -> None:
         folder, name, steps, contestant = args.worker
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         run = {"bare": bare, "icpo": icpo, "trl": trl, "trl best": lambda *a: trl(*a, best=True)}[contestant]
+        torch.backends.cuda.enable_cudnn_sdp(False)
         clock = Clock(args.device)
         run(folder, int(steps) + 1, SETTINGS[name], clock)
         clock.tick()

@@ -2,6 +2,7 @@
 
     sampling    icpo.sample beside model.generate on the same model, prompts and tokens: ms a token
     memory      peak of sampling and of an update, by size of the model
+Neither has cuDNN's attention, which plans anew for every length.
 """
 
 import os
@@ -21,7 +22,9 @@ import icpo
 TINY = bool(os.environ.get("TINY"))
 CLOCK = Clock("cpu" if TINY else "cuda")
 NAME = "CPU" if TINY else torch.cuda.get_device_name()
-QWEN_1_5B = HALF_B | dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+QWEN_1_5B = HALF_B | dict(
+    hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def make(shape: dict, P: int):
@@ -29,6 +32,7 @@ def make(shape: dict, P: int):
     with torch.device(CLOCK.device):
         model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True, eos_token_id=None,
                                              bos_token_id=None, pad_token_id=0)).eval()
+    model.set_attn_implementation("grouped")  # as icpo.load_model does
     return model, [[3 + i] * (9 + i) for i in range(P)]
 
 
@@ -36,8 +40,10 @@ def generate(model, prompts, G: int, T: int) -> None:
     rows = [prompt for prompt in prompts for _ in range(G)]
     N = max(map(len, rows))
     ids = torch.tensor([[0] * (N - len(row)) + row for row in rows], device=CLOCK.device)
+    model.set_attn_implementation("sdpa")
     with autocast(CLOCK.device):
         out = model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=T, **SAMPLING)
+    model.set_attn_implementation("grouped")
     assert out.shape == (len(rows), N + T)
 
 

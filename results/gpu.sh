@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# results/gpu.sh OUT: tests, times and memory of icpo.py on one GPU, in at most 7 minutes and without a network.
+# results/gpu.sh OUT: tests, times and memory of icpo.py on one GPU, in at most 7 minutes, without a network.
 # Each part has a limit in seconds and a file in OUT, so that one which fails or hangs loses no other.
 #   TINY=1       a dry run on a CPU, with tiny shapes
 #   WHEELS=DIR   wheels of what is missing here, say pytest, for the time of the run
@@ -20,8 +20,8 @@ mapfile -t tests < <(sed -n "/$from/,/$to/s/^def \(test_\w*\).*/test_icpo.py::\1
 if [ -n "${TINY:-}" ]; then
     export OMP_NUM_THREADS=1
     device=cpu tests=("${tests[@]:2:1}") bench=(--settings short --steps 1) model=$work/builtin/task/model
-    task=(--task-warmup-steps 5 --steps 1 --eval-rows 2 --eval-samples 2 --prompts-per-step 2 --max-new-tokens 4)
     times=(--steps 1 --eval-rows 2 --prompts-per-step 2 --max-new-tokens 4)
+    task=("${times[@]}" --task-warmup-steps 5 --eval-samples 2)
 fi
 
 part() {  # NAME SECONDS COMMAND...
@@ -30,7 +30,9 @@ part() {  # NAME SECONDS COMMAND...
     (( limit = limit < 1 ? 1 : limit ))
     shift 2
     timeout -k 5 "$limit" "$@" > "$OUT/$name.txt" 2>&1
-    case $? in 0) ended=passed ;; 77) ended=skipped ;; 124 | 137) ended="out of time" ;; *) ended=failed ;; esac
+    case $? in
+        0) ended=passed ;; 77) ended=skipped ;; 124 | 137) ended="out of time" ;; *) ended=failed ;;
+    esac
     summary+=("$name: $ended, $((SECONDS - begin)) s of $limit")
     echo "== ${summary[-1]}"
     tail -n 12 "$OUT/$name.txt" | cut -c 1-300
@@ -39,7 +41,8 @@ part() {  # NAME SECONDS COMMAND...
 versions() {
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     if [ -n "$WHEELS" ]; then
-        $python -m pip install -q --no-index --no-deps --find-links "$WHEELS" --target "$work/wheels" "$WHEELS"/*.whl
+        $python -m pip install -q --no-index --find-links "$WHEELS" --no-deps --target "$work/wheels" \
+            "$WHEELS"/*.whl
     fi
     $python - "$1" <<'PYTHON'
 import importlib.metadata, sys, torch

@@ -7,8 +7,9 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
 SHOWN = {  # what the file of each part has when it has passed
-    "versions": "transformers 5", "tests": " passed in ", "builtin": '{"step": 1, ', "benchmark": "| short | ",
-    "sampling": "| model.generate | ", "memory": "| 0.5M | 16 | 6 | ", "times_tables": '{"step": 1, '}
+    "versions": "transformers 5", "tests": " passed in ", "builtin": '{"step": 1, ',
+    "benchmark": "| short | ", "sampling": "| model.generate | ", "memory": "| 0.5M | 16 | 6 | ",
+    "times_tables": '{"step": 1, '}
 
 
 def test_every_part_passes_and_writes_its_file(tmp_path):
