@@ -288,10 +288,18 @@ def test_kl_estimator_is_unbiased_and_points_from_policy_to_reference():
 
 # -------------------------------------------------------------------------------------------- Sampling and scoring
 
+DEVICE = os.environ.get("ICPO_TEST_DEVICE", "cpu")  # of the sampler, the scorer and the update
+if DEVICE != "cpu":  # in float32, since bf16 autocast would leave nothing exact to compare
+    torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()
+    torch.backends.cudnn.allow_tf32 = False
 VOCAB, EOS = 23, 7
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=64, eos_token_id=EOS, bos_token_id=None, pad_token_id=0)
+
+
+def on(values):
+    return torch.as_tensor(values, device=DEVICE)
 
 
 def scaled(make):
@@ -302,7 +310,7 @@ def scaled(make):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def qwen2():
@@ -328,7 +336,7 @@ def draw(model, group_size=4, max_new_tokens=9, seed=0, **kwargs):
 def prefix_log_prob(model, tokens, position):
     """log p(tokens[position] | tokens[:position]) by a forward pass over the prefix alone, in float64."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([tokens[:position]])).logits[0, -1].double()
+        logits = model(input_ids=on([tokens[:position]])).logits[0, -1].double()
     return (logits[tokens[position]] - logits.logsumexp(dim=0)).item()
 
 
@@ -354,7 +362,7 @@ def test_a_row_is_what_it_would_be_alone(model, selectable, temperature, monkeyp
         tokens, n = list(PROMPTS[b // 3]), len(response)
         for t in range(8):
             with torch.no_grad():
-                p = (model(input_ids=torch.tensor([tokens])).logits[0, -1].double() / temperature).softmax(dim=0)
+                p = (model(input_ids=on([tokens])).logits[0, -1].double() / temperature).softmax(dim=0)
             assert rollout.entropies[b, t].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
             token = next(v for v in range(VOCAB) if p[:v + 1].sum() > uniforms[b, t] or v == VOCAB - 1)  # inverse CDF
             for log_probs in (rollout.log_probs, scored):
@@ -392,7 +400,7 @@ def test_architectures_sample_and_score_what_each_row_alone_gets(name):
     for b in range(9):
         tokens, start = PROMPTS[b // 3] + rollout.responses()[b], len(PROMPTS[b // 3])
         with torch.no_grad():
-            plain = model(input_ids=torch.tensor([tokens])).logits[0, start - 1:-1].log_softmax(dim=1)
+            plain = model(input_ids=on([tokens])).logits[0, start - 1:-1].log_softmax(dim=1)
         for t, token in enumerate(tokens[start:]):
             assert log_probs[b, t].item() == pytest.approx(plain[t, token].item(), abs=5e-5)
     log_probs.sum().backward()
@@ -402,7 +410,7 @@ def test_architectures_sample_and_score_what_each_row_alone_gets(name):
 def test_greedy_equals_generate(model):
     rollout = draw(model, group_size=1, max_new_tokens=12, temperature=0)
     for prompt, response in zip(PROMPTS, rollout.responses()):
-        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=EOS,
+        expected = model.generate(on([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=EOS,
                                   pad_token_id=0)
         assert response == expected[0, len(prompt):].tolist()
 
@@ -413,7 +421,7 @@ def drawn(monkeypatch, logits, uniforms):
     model = qwen2()
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: numbers)
     monkeypatch.setattr(model, "forward", lambda input_ids, **kwargs: SimpleNamespace(
-        logits=logits.expand(len(input_ids), 1, -1)))
+        logits=on(logits).expand(len(input_ids), 1, -1)))
     rollout = sample(model, [[1]], len(uniforms), 1, [])
     return rollout.ids[:, 0].tolist(), rollout
 
@@ -422,7 +430,7 @@ def test_the_ends_of_the_unit_interval_draw_possible_tokens(monkeypatch):
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
     tokens, rollout = drawn(monkeypatch, logits, [0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53])
     assert tokens == [1, 1, 3, 3]
-    torch.testing.assert_close(rollout.entropies, torch.full((4, 1), math.log(2)))  # the impossible add nothing
+    torch.testing.assert_close(rollout.entropies, on([[math.log(2)]] * 4))  # the impossible add nothing
 
 
 def test_a_tail_below_the_precision_of_float32_is_drawn(monkeypatch):
@@ -442,21 +450,21 @@ def test_rows_do_not_depend_on_their_batch_on_padding_or_on_its_token(model):
         token_log_probs(model, rollout)[row].sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
-    alone = rollout.select(torch.tensor([5]))
+    alone = rollout.select(on([5]))
     assert (alone.prompts.shape[1], alone.ids.shape[1]) == (len(PROMPTS[1]), rollout.lengths[5])
     torch.testing.assert_close(gradient(alone, 0), gradient(rollout, 5), atol=1e-4, rtol=1e-4)
     other = copy.copy(rollout)
     other.ids = torch.nn.functional.pad(torch.where(rollout.mask, rollout.ids, 13), (0, 6), value=EOS)
-    inside = torch.arange(5) >= 5 - rollout.prompt_lengths[:, None]
+    inside = on(range(5)) >= 5 - rollout.prompt_lengths[:, None]
     other.prompts = torch.nn.functional.pad(torch.where(inside, rollout.prompts, 13), (6, 0), value=EOS)
     torch.testing.assert_close(token_log_probs(model, other)[:, :values.shape[1]], values, atol=1e-5, rtol=0)
 
 
 def test_gradient_in_chunks_equals_autograd_of_the_plain_formula(model):
-    rollout = draw(model).select(torch.tensor([0, 4, 8]))
+    rollout = draw(model).select(on([0, 4, 8]))
     total = 0
     for prompt, response in zip(PROMPTS, rollout.responses()):
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+        logits = model(input_ids=on([prompt + response])).logits[0, len(prompt) - 1:-1]
         log_p = (logits / 0.7).log_softmax(dim=1)
         total = total + sum(log_p[t, token] ** 2 for t, token in enumerate(response))
     expected = torch.autograd.grad(total, list(model.parameters()))
@@ -481,7 +489,7 @@ def test_bf16_logits_are_normalized_in_float32(monkeypatch):
     assert log_probs.dtype == rollout.log_probs.dtype == torch.float32
     for prompt, response, row in zip(PROMPTS, rollout.responses()[::4], log_probs[::4]):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+            logits = model(input_ids=on([prompt + response])).logits[0, len(prompt) - 1:-1]
         expected = logits.double().log_softmax(dim=1)[torch.arange(len(response)), response]
         torch.testing.assert_close(row[:len(response)].double(), expected, atol=1e-4, rtol=0)
 
@@ -509,7 +517,7 @@ def update_gradient(model, rollout, advantages, ref_model=None, **kwargs):
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_gradient_does_not_depend_on_micro_batches_row_order_or_skipped_rows(model, aggregation):
     rollout = draw(model, group_size=4, max_new_tokens=12)
-    advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    advantages = on(torch.randn(12, generator=torch.Generator().manual_seed(0)))
     advantages[[2, 5, 6]] = 0
     # The oracle: -sum of A * log-prob weighted by a loop. At ratio 1 the clipped loss has its gradient.
     log_probs, total = token_log_probs(model, rollout), 0.0
@@ -522,7 +530,7 @@ def test_gradient_does_not_depend_on_micro_batches_row_order_or_skipped_rows(mod
     for size in (1, 2, 5, 100):
         actual, _ = update_gradient(model, rollout, advantages, aggregation=aggregation, micro_batch=size)
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-    order = torch.randperm(12)
+    order = on(torch.randperm(12))
     actual, _ = update_gradient(model, rollout.select(order), advantages[order], aggregation=aggregation, micro_batch=5)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
@@ -530,7 +538,7 @@ def test_gradient_does_not_depend_on_micro_batches_row_order_or_skipped_rows(mod
 @pytest.mark.parametrize("make", [qwen2, gpt2])
 def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradient(make):
     model = scaled(lambda: AutoModelForCausalLM.from_config(icpo.quietened(make().config)))
-    rollout, advantages = draw(model), torch.randn(12)
+    rollout, advantages = draw(model), on(torch.randn(12))
     expected, _ = update_gradient(model, rollout, advantages)
     calls = []
     model.gradient_checkpointing_enable()
@@ -553,16 +561,17 @@ def test_first_ratio_is_exactly_one_and_the_second_is_not(size, monkeypatch):
     monkeypatch.setattr(icpo, "policy_loss", spy)
     model.train()
     config, rollout = settings(inner_epochs=2, micro_batch=size), draw(model)
-    icpo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), rollout, torch.randn(12), config)
+    icpo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), rollout, on(torch.randn(12)), config)
     first, second = seen[:len(seen) // 2], seen[len(seen) // 2:]
     assert all(ratio.eq(1).all() for ratio in first)
     assert all(ratio.ne(1).any() for ratio in second)
 
 
 def test_metrics_of_the_update_equal_a_loop_over_all_tokens(model):
-    rollout, advantages, ref_model = draw(model), torch.randn(12), copy.deepcopy(model)
+    rollout, advantages, ref_model = draw(model), on(torch.randn(12)), copy.deepcopy(model)
     advantages[3] = 0  # counts all the same, since the KL needs it
-    rollout.log_probs += rollout.mask * torch.linspace(-0.01, 0.01, rollout.mask.shape[1])  # as if sampled otherwise
+    otherwise = torch.linspace(-0.01, 0.01, rollout.mask.shape[1])
+    rollout.log_probs += rollout.mask * on(otherwise)  # as if sampled otherwise
     with torch.no_grad():
         for parameter in ref_model.parameters():
             parameter.mul_(0.9)
@@ -581,7 +590,7 @@ def test_metrics_of_the_update_equal_a_loop_over_all_tokens(model):
             place = (PROMPTS[b // 4] + response, len(PROMPTS[b // 4]) + t)
             old, new, ref = (prefix_log_prob(m, *place) for m in (model, copied, ref_model))
             ratio = math.exp(new - old)
-            clipped += (advantages[b] > 0 and ratio > 1.28) or (advantages[b] < 0 and ratio < 0.8)
+            clipped += (advantages[b].item() > 0 and ratio > 1.28) or (advantages[b].item() < 0 and ratio < 0.8)
             kl_old, kl_ref = kl_old + ratio - (new - old) - 1, kl_ref + math.exp(ref - new) - (ref - new) - 1
             difference, tokens = difference + abs(old - rollout.log_probs[b, t].item()), tokens + 1
     assert metrics["ratio/clip_frac"] == pytest.approx(clipped / tokens) and clipped
@@ -594,12 +603,12 @@ def test_uniform_batches_and_broken_gradients_make_no_step():
     model = qwen2()
     rollout, before = draw(model), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    assert icpo.update(model, optimizer, rollout, torch.zeros(12), settings())["grad_norm"] == 0
-    metrics = icpo.update(model, optimizer, rollout, torch.full((12,), math.inf), settings())
+    assert icpo.update(model, optimizer, rollout, on([0.0] * 12), settings())["grad_norm"] == 0
+    metrics = icpo.update(model, optimizer, rollout, on([math.inf] * 12), settings())
     assert metrics["update/skipped"] == 1
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    icpo.update(model, optimizer, rollout, torch.randn(12), settings(max_grad_norm=0.01))
+    icpo.update(model, optimizer, rollout, on(torch.randn(12)), settings(max_grad_norm=0.01))
     moved = torch.cat([(value - before[name]).flatten() for name, value in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-2)
 
@@ -608,23 +617,23 @@ def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight
     model = qwen2()
     rollout, before = draw(model), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    sampled = rollout.log_probs
-    for wrong in (0.011, -0.011, math.nan):
+    sampled, limit = rollout.log_probs, 0.01 if DEVICE == "cpu" else 0.1
+    for wrong in (1.1 * limit, -1.1 * limit, math.nan):
         rollout.log_probs = sampled + wrong * rollout.mask
         with pytest.raises(icpo.UserError, match="nats a token"):
-            icpo.update(model, optimizer, rollout, torch.randn(12), settings())
+            icpo.update(model, optimizer, rollout, on(torch.randn(12)), settings())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    rollout.log_probs = sampled + 0.009 * rollout.mask
-    metrics = icpo.update(model, optimizer, rollout, torch.randn(12), settings())
-    assert metrics["sampling/logp_difference"] == pytest.approx(0.009, abs=1e-5)
+    rollout.log_probs = sampled + 0.9 * limit * rollout.mask
+    metrics = icpo.update(model, optimizer, rollout, on(torch.randn(12)), settings())
+    assert metrics["sampling/logp_difference"] == pytest.approx(0.9 * limit, abs=1e-5)
     rollout.log_probs = sampled - 3  # from the second step on it is a metric, and stops nothing
-    icpo.update(model, optimizer, rollout, torch.randn(12), settings())
+    icpo.update(model, optimizer, rollout, on(torch.randn(12)), settings())
 
 
 def test_rollout_metrics_equal_loops():
     rollout, mean = draw(qwen2()), statistics.mean
     rewards = torch.tensor([[0, 0.5, 0.5, 1], [1, 1, 1, 1], [0, 0, 0, 1]])  # some at the mean, all equal, neither
-    l = sequence_log_prob(rollout.log_probs, rollout.mask).view(3, 4)
+    l = sequence_log_prob(rollout.log_probs, rollout.mask).view(3, 4).cpu()
     metrics = icpo.rollout_metrics(rollout, rewards, l, 10.0)
     groups = [list(zip([r > 0.5 for r in row], c)) for row, c in zip(rewards.tolist(), l.tolist())]
     rows, scores = rewards.tolist(), [loop_preference(row, 10.0) for row in l.tolist()]
@@ -1391,7 +1400,7 @@ def test_loaded_models_train_without_dropout_or_extras_and_are_saved_as_they_wer
     model, _, eos_ids = icpo.load_model(str(tmp_path / "model"), "cpu")
     rollout = draw(scaled(lambda: model), eos_ids=eos_ids)
     model.gradient_checkpointing_enable()  # puts layers into training mode
-    metrics = icpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollout, torch.randn(12), settings())
+    metrics = icpo.update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollout, on(torch.randn(12)), settings())
     assert metrics["sampling/logp_difference"] < 1e-4 and metrics["grad_norm"] > 0
     model.config = model.config_to_save
     model.save_pretrained(tmp_path / "again")
