@@ -209,16 +209,19 @@ class Rollout:
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 
+BF16_ON_A_GPU = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
 def response_logits(model, ids: Tensor, positions: Tensor, count: int, cache=None) -> Tensor:
     """Logits (B, count, V) behind the last tokens of ids (B, S); positions (B, what the cache holds + S)."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
-        return model(
-            input_ids=ids, attention_mask=(positions >= 0).long(),
-            position_ids=positions[:, -ids.shape[1]:].clamp(min=0), past_key_values=cache,
-            use_cache=cache is not None, logits_to_keep=count).logits[:, -count:]
+    return model(
+        input_ids=ids, attention_mask=(positions >= 0).long(), past_key_values=cache,
+        position_ids=positions[:, -ids.shape[1]:].clamp(min=0), use_cache=cache is not None,
+        logits_to_keep=count).logits[:, -count:]
 
 
 @torch.no_grad()
+@BF16_ON_A_GPU
 def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, eos_ids: list[int],
            temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
     """Draws group_size responses to each prompt from softmax(logits / temperature), and nothing else.
@@ -285,6 +288,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     return rollout.select(slice(None))
 
 
+@BF16_ON_A_GPU
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
@@ -519,7 +523,7 @@ def quietened(config: PretrainedConfig):
     return config
 
 
-def closing_token(tokenizer) -> set:
+def closing_token(tokenizer):
     """The special token, if there is one, with which the chat template closes an assistant's message."""
     messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
     try:
@@ -617,8 +621,8 @@ def encode(prompt, tokenizer, config):
     return ids, re.search(r"(<think>\s*)?\Z", text)[0]
 
 
-def load_examples(path, tokenizer, config, context=None) -> list[Example]:
-    """Reads JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18".
+def load_examples(path, tokenizer, config, context=None):
+    """Examples from JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18".
 
     context: tokens of a prompt and its response together, by default the model's. Raises UserError.
     """

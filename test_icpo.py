@@ -289,9 +289,7 @@ def test_kl_estimator_is_unbiased_and_points_from_policy_to_reference():
 # -------------------------------------------------------------------------------------------- Sampling and scoring
 
 DEVICE = os.environ.get("ICPO_TEST_DEVICE", "cpu")  # of the sampler, the scorer and the update
-if DEVICE != "cpu":  # in float32, since bf16 autocast would leave nothing exact to compare
-    torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()
-    torch.backends.cudnn.allow_tf32 = False
+icpo.BF16_ON_A_GPU._enabled = False  # it would leave nothing exact to compare
 VOCAB, EOS = 23, 7
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -323,7 +321,13 @@ def gpt2():  # absolute positions and dropout
         attn_pdrop=0.1, eos_token_id=EOS, bos_token_id=None)))
 
 
-@pytest.fixture(params=[qwen2, gpt2], ids=["qwen2", "gpt2"])
+def grouped():  # as load_model sets it
+    model = qwen2()
+    model.set_attn_implementation("grouped")
+    return model
+
+
+@pytest.fixture(params=[qwen2, grouped, gpt2], ids=["qwen2", "grouped", "gpt2"])
 def model(request):
     return request.param()
 
