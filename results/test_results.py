@@ -41,9 +41,9 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
     assert f"seeds 0 to 3: {ends} " in README
     times = rows_of(RESULTS / "times_tables/metrics.jsonl")
     for before, *_, after in ([row for row in first if row["seed"] == 0], times):
-        for name in ("accuracy", "mean_at_k", "pass_at_k"):
-            start, end = (row[f"eval/{name}"] for row in (before, after))
-            assert f"eval/{name}: {start:.3f} before, {end:.3f} after" in README
+        for row in (before, after):
+            values = [f"{name} {row[f'eval/{name}']:.3f}" for name in ("accuracy", "mean_at_k", "pass_at_k")]
+            assert ", ".join(values) in README.replace("\n", " ")
     cpu = [{name: row["cpu"] for name, row in setting.items()}
            for setting in json.loads((RESULTS / "benchmark.json").read_text()).values()]
     for base in ("bare", "trl best"):
