@@ -88,8 +88,8 @@ def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
         s_i = mean over j != i of 2 P(i > j) - 1    a score from pairwise comparisons [paper]; its form [ours]
 
     seq_log_probs (P, G) in nats per token, beta in 1 / nats (below 0 the more probable one is preferred)
-    -> (P, G) float32 in [-1, 1], detached. Sums to 0 over a group, is 0 if all tie; for large beta, it is
-    (wins - losses) / (G - 1). Raises ValueError if G < 2.
+    -> (P, G) float32 in [-1, 1], detached. Sums to 0 over a group, is 0 if all tie, and for a large, finite
+    beta (wins - losses) / (G - 1). Raises ValueError if G < 2.
     """
     G = seq_log_probs.shape[-1]
     if G < 2:
@@ -103,7 +103,7 @@ def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
 def uniform_groups(rewards: Tensor) -> Tensor:
     """Groups whose rewards are all equal, up to rounding: rewards (P, G) -> (P, 1) bool."""
     low, high = rewards.float().aminmax(dim=-1, keepdim=True)
-    return high - low <= 1e-6 * torch.maximum(high, -low)
+    return high - low <= 1e-6 * torch.maximum(high, -low)  # relative to the largest |r|
 
 
 def group_advantage(rewards: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
 
     alpha = 0 is GRPO, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha is
     below 1/2, and A has the sign of GRPO's if alpha is below 1/G. Uniform groups get 0 [ours]: only s is left
-    of them, and normalizing would blow it up to the size of a reward, with which a model that errs at random
+    of them, and normalizing would blow it up to the size of a reward, under which a model that errs at random
     collapses. keep_uniform_groups gives them alpha * s, as it is.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
@@ -184,7 +184,7 @@ class Rollout:
     lengths: Tensor         # (B,) tokens of the response, its end-of-sequence token included
     truncated: Tensor       # (B,) bool, True if max_new_tokens came before an end of sequence
     log_probs: Tensor       # (B, T) float32, nats: log-prob of each token as it was sampled, 0 in the padding
-    entropies: Tensor       # (B, T) float32, nats: entropy of the distribution drawn from, 0 in the padding
+    entropies: Tensor       # (B, T) float32, nats: entropy of the distribution at a token, 0 in the padding
 
     @property
     def mask(self) -> Tensor:
@@ -204,16 +204,16 @@ class Rollout:
         return Rollout(self.prompts[rows, -N:], prompt_lengths, self.ids[rows, :T], lengths,
                        self.truncated[rows], self.log_probs[rows, :T], self.entropies[rows, :T])
 
-    def responses(self) -> list:
+    def responses(self):
         """The token ids of each response, without padding."""
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 
-BF16_ON_A_GPU = torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
-
-
 def response_logits(model, ids: Tensor, positions: Tensor, count: int, cache=None) -> Tensor:
-    """Logits (B, count, V) behind the last tokens of ids (B, S); positions (B, what the cache holds + S)."""
+    """Logits (B, count, V) after the last tokens of ids (B, S); positions (B, what the cache holds + S).
+
+    Padding on the right needs no mask: causal attention never sees it.
+    """
     return model(
         input_ids=ids, attention_mask=(positions >= 0).long(), past_key_values=cache,
         position_ids=positions[:, -ids.shape[1]:].clamp(min=0), use_cache=cache is not None,
@@ -221,10 +221,9 @@ def response_logits(model, ids: Tensor, positions: Tensor, count: int, cache=Non
 
 
 @torch.no_grad()
-@BF16_ON_A_GPU
 def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, eos_ids: list[int],
            temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
-    """Draws group_size responses to each prompt from softmax(logits / temperature), and nothing else.
+    """Draws group_size responses to each prompt from softmax(logits / temperature), and from nothing else.
 
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
@@ -242,6 +241,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     ids, lengths = torch.zeros(B, T, dtype=torch.long, device=device), torch.zeros_like(prompt_lengths)
     unfinished = torch.ones(B, dtype=torch.bool, device=device)
     log_probs, entropies = torch.zeros(2, B, T, device=device)
+    # Filled in below; a response is truncated as long as it is unfinished.
     rollout = Rollout(prompt_ids, prompt_lengths, ids, lengths, unfinished, log_probs, entropies)
     positions = rollout.positions
     # All random numbers at once: those of a row depend neither on its neighbors nor on the device.
@@ -253,50 +253,50 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     rows = torch.arange(0, B, group_size if by_row else 1, device=device)  # those in the batch
     new_ids = prompt_ids[rows]
 
-    for t in tqdm(range(T), "tokens", leave=False, delay=5):
-        logits = response_logits(model, new_ids, positions[rows, :N + t], 1, cache)[:, 0]
-        if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
-            cache.batch_repeat_interleave(group_size)
-            logits = logits.repeat_interleave(group_size, dim=0)
-            rows = torch.arange(B, device=device)
-        log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
-        p = log_p.exp()
-        if temperature:
-            # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
-            cdf = p.cumsum(dim=-1, dtype=torch.float64)
-            token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-            token = token.clamp(max=p.shape[-1] - 1)  # NaN draws an id beyond, which ends a GPU's process
-        else:
-            token = log_p.argmax(dim=-1, keepdim=True)
-        ids[rows, t] = token.squeeze(1)
-        log_probs[rows, t] = log_p.gather(1, token).squeeze(1)
-        entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
-        lengths += unfinished
-        unfinished[rows] &= ~torch.isin(token.squeeze(1), eos)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for t in tqdm(range(T), "tokens", leave=False, delay=5):
+            logits = response_logits(model, new_ids, positions[rows, :N + t], 1, cache)[:, 0]
+            if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
+                cache.batch_repeat_interleave(group_size)
+                logits = logits.repeat_interleave(group_size, dim=0)
+                rows = torch.arange(B, device=device)
+            log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
+            p = log_p.exp()
+            if temperature:
+                # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
+                cdf = p.cumsum(dim=-1, dtype=torch.float64)
+                token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
+                token = token.clamp(max=p.shape[-1] - 1)  # NaN draws an id beyond, which ends a GPU's process
+            else:
+                token = log_p.argmax(dim=-1, keepdim=True)
+            ids[rows, t] = token.squeeze(1)
+            log_probs[rows, t] = log_p.gather(1, token).squeeze(1)
+            entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
+            lengths += unfinished
+            unfinished[rows] &= ~torch.isin(token.squeeze(1), eos)
 
-        stay = unfinished[rows]
-        count = int(stay.sum())
-        if count == 0:
-            break
-        if by_row and count < len(rows):
-            cache.batch_select_indices(stay.nonzero().squeeze(1))
-            rows = rows[stay]
-        new_ids = ids[rows, t, None]
+            stay = unfinished[rows].nonzero().squeeze(1)  # here a GPU is waited for
+            if len(stay) == 0:
+                break
+            if by_row and len(stay) < len(rows):
+                cache.batch_select_indices(stay)
+                rows = rows[stay]
+            new_ids = ids[rows, t, None]
 
     for x in (ids, log_probs, entropies):
         x[~rollout.mask] = 0  # rows that could not leave went on behind their end
     return rollout.select(slice(None))
 
 
-@BF16_ON_A_GPU
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
     Only response positions get logits. Their float32 copies are made max_logits numbers at a time, and again
-    in the backward pass: all that grows with B * T * V are the model's own logits, in bf16 on a GPU.
+    in the backward pass: all that grows with B * T * V is the model's own logits, in bf16 on a GPU.
     """
     input_ids, T = torch.cat([rollout.prompts, rollout.ids], dim=1), rollout.ids.shape[1]
-    logits = response_logits(model, input_ids, rollout.positions, T + 1)[:, :-1]
+    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
+        logits = response_logits(model, input_ids, rollout.positions, T + 1)[:, :-1]
 
     def score(logits: Tensor, ids: Tensor) -> Tensor:
         log_p = (logits.float() / temperature).log_softmax(dim=-1)
@@ -310,6 +310,18 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
 
 
 # ------------------------------------------------------------------------------------------ One training step
+
+class UserError(Exception):
+    """An error that the user can fix: shown as one line, exit status 2."""
+
+
+def require(holds, message):
+    if not holds:
+        raise UserError(message)
+
+
+UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g} nats a token: choose another"
+
 
 @torch.enable_grad()  # whatever the reward function has switched off
 def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_model=None) -> dict:
@@ -397,7 +409,6 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 # What the built-in task needs other than the defaults; the command line takes it from here without --model.
 TASK = dict(steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
 LOGGER = logging.get_logger("icpo")
-UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g} nats a token: choose another"
 
 
 @dataclass
@@ -454,15 +465,6 @@ class Config:
                 setattr(self, name, os.path.expanduser(path))
 
 
-class UserError(Exception):
-    """An error that the user can fix: shown as one line, exit status 2."""
-
-
-def require(holds, message):
-    if not holds:
-        raise UserError(message)
-
-
 def check(config, out: Path):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
     may_be_0 = ("seed clip_low clip_high kl_coef alpha warmup_steps eval_samples task_warmup_steps "
@@ -473,12 +475,13 @@ def check(config, out: Path):
             require(holds, f"--{name.replace('_', '-')} {value}: must be {least} 0")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
+    require(math.isfinite(config.beta), "--beta: must be finite")
     require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
     require(not config.resume or (out / "checkpoint/state.pt").exists(),
             f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
-    ours = config.resume or not (config.model or config.output_dir)  # write_task moves what is there aside
-    require(ours or not any(out.glob("[!.]*")),
+    reused = config.resume or not (config.model or config.output_dir)  # write_task moves what is there aside
+    require(reused or not any(out.glob("[!.]*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
 
 
@@ -524,7 +527,7 @@ def quietened(config: PretrainedConfig):
 
 
 def closing_token(tokenizer):
-    """The special token, if there is one, with which the chat template closes an assistant's message."""
+    """The id of the token with which the chat template closes an assistant's message, as a set, or none."""
     messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
     try:
         after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
@@ -568,7 +571,7 @@ def load_model(path, device, gradient_checkpointing=False):
             output_loading_info=True)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("grouped")
-        rows = model.get_input_embeddings().weight.shape[0]
+        rows = model.get_input_embeddings().num_embeddings
         ends = np.ravel(model.generation_config.eos_token_id).tolist()  # one, several or none
         ends = {*ends, tokenizer.eos_token_id} - {None}
         missing = sorted(loaded["missing_keys"])[:3]
@@ -577,7 +580,7 @@ def load_model(path, device, gradient_checkpointing=False):
         require(tokenizer.vocab_size <= rows,
                 f"tokenizer of {tokenizer.vocab_size}, model of {rows} tokens: save its own tokenizer there")
         require(ends, "no eos token in its tokenizer or generation_config.json")
-        rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # does it work at all?
+        rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # padding, a cache, rows that share a prompt
         difference = (token_log_probs(model, rollout) - rollout.log_probs).abs().mean().item()
         require(difference <= 1e-4, UNEQUAL.format(difference))
         try:
@@ -589,12 +592,12 @@ def load_model(path, device, gradient_checkpointing=False):
         model.config_to_save = config
         context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-        return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         reason = " ".join((str(error) or repr(error)).split())[:200]
         raise UserError(
             f"--model {path}: {'' if Path(path).exists() else 'no such folder; '}{reason}; give "
             f"a whole model's folder or hub name: of a run, its folder model; no LoRA adapter, no file")
+    return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
 
 
 class Example(NamedTuple):
@@ -609,9 +612,9 @@ def encode(prompt, tokenizer, config):
     asked, special = prompt + config.prompt_suffix, False
     if tokenizer.chat_template and not config.no_chat_template:
         messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": asked}]
-        messages = messages[not config.system_prompt:]
+        messages = messages[not config.system_prompt:]  # no empty system message
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        require(asked.strip() in text, "it leaves the prompt out; --no-chat-template goes without it")
+        require(asked.strip() in text, "the chat template leaves the prompt out (--no-chat-template)")
     else:
         text = config.system_prompt + asked
         special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
@@ -634,7 +637,7 @@ def load_examples(path, tokenizer, config, context=None):
         try:
             row = json.loads(line)
             prompt, answer = row[config.prompt_key], row[config.answer_key]
-            require(isinstance(prompt, str) and answer is not None, "prompt no string, or answer null")
+            require(isinstance(prompt, str) and answer is not None, "no string for a prompt, or no answer")
             ids, opening = encode(prompt, tokenizer, config)
         except Exception as error:  # no JSON, no such key, or whatever a tokenizer or chat template raises
             raise UserError(
@@ -646,12 +649,12 @@ def load_examples(path, tokenizer, config, context=None):
             examples.append(Example(prompt, marked or answer, ids, opening))
     if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
-    require(examples, f"{path}: no usable row of {len(lines)}: a prompt may have {longest} tokens, the least "
-                      f"of --max-prompt-tokens and the context of {context} without --max-new-tokens")
+    require(examples, f"{path}: no usable row of {len(lines)}: a prompt may have {longest} tokens, the "
+                      f"lesser of --max-prompt-tokens and the context of {context} without --max-new-tokens")
     return examples
 
 
-def texts_of(rollout: Rollout, tokenizer, examples) -> list[str]:
+def texts_of(rollout: Rollout, tokenizer, examples):
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
     texts = [tokenizer.decode(ids if truncated else ids[:-1], clean_up_tokenization_spaces=False)
@@ -659,8 +662,11 @@ def texts_of(rollout: Rollout, tokenizer, examples) -> list[str]:
     return [examples[b // G].opening + text for b, text in enumerate(texts)]
 
 
-def rollout_metrics(rollout: Rollout, rewards, confidence, beta) -> dict:
-    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None."""
+def rollout_metrics(rollout: Rollout, rewards, confidence, beta):
+    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
+
+    The agreement is that of the less probable responses, whatever the sign of beta.
+    """
     def mean(x):
         return x.float().mean().item() if x.numel() else None
 
@@ -677,7 +683,7 @@ def rollout_metrics(rollout: Rollout, rewards, confidence, beta) -> dict:
     }
 
 
-def evaluate(policy, tokenizer, eos_ids, examples, reward, config) -> dict:
+def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
     if not examples:
         return {}
@@ -706,9 +712,9 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config) -> dict:
 
 # --------------------------------------------------------------------------------------------------- Training
 
-def batch_indices(examples, step, count, seed):
-    """The numbers of the examples of a step: each once an epoch, each epoch in an order of its own."""
-    return [int(np.random.default_rng([seed, place // examples]).permutation(examples)[place % examples])
+def batch_indices(total, step, count, seed):
+    """The indices of a step's examples: each once an epoch, each epoch in an order of its own."""
+    return [int(np.random.default_rng([seed, place // total]).permutation(total)[place % total])
             for place in range((step - 1) * count, step * count)]
 
 
@@ -783,7 +789,7 @@ def save_checkpoint(out: Path, step, policy, optimizer, settings):
         part.replace(path)
 
 
-def load_checkpoint(out: Path, policy, optimizer, settings) -> int:
+def load_checkpoint(out: Path, policy, optimizer, settings):
     """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
     try:
         state = torch.load(out / "checkpoint/state.pt", map_location="cpu", weights_only=True)
@@ -791,7 +797,7 @@ def load_checkpoint(out: Path, policy, optimizer, settings) -> int:
     except Exception:  # whatever the reader of a damaged file raises
         raise UserError(f"--resume: the checkpoint in {out} is damaged: begin anew in another --output-dir")
     free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
-    changed = {name: was for name, was in saved.items() if was != settings[name] and name not in free}
+    changed = {name: was for name, was in saved.items() if was != settings.get(name) and name not in free}
     require(not changed, f"--resume: the run began with another {changed}")
     policy.load_state_dict(state["policy"])
     optimizer.load_state_dict(state["optimizer"])
@@ -823,7 +829,7 @@ def train(config: Config) -> dict:
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
     held_out = held_out[:config.eval_rows]
-    rows = policy.get_input_embeddings().weight.shape[0]
+    rows = policy.get_input_embeddings().num_embeddings
     require(max(max(example.ids) for example in examples + held_out) < rows,
             f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
     settings["data (a checksum)"] = zlib.crc32(repr([examples, held_out]).encode())
@@ -887,7 +893,7 @@ def main(arguments: list[str] | None = None) -> int:
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model writes
-    if not parser.parse_args(arguments).model:
+    if not parser.parse_args(arguments).model:  # parsed once more below, with the task's defaults
         parser.set_defaults(**TASK)
         torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     try:

@@ -25,7 +25,7 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
 
 
 def write_task(out: Path, config):
-    """Writes sums to out/task, and a tiny Qwen2 taught to forget the carry: it is sure of wrong sums [ours].
+    """Writes sums to out/task, and a tiny Qwen2 taught to forget the carry: it is sure of wrong sums.
 
     config: icpo.Config with seed, task_teacher_error and task_warmup_steps. What is in out is moved aside.
     """
