@@ -324,7 +324,7 @@ UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g}
 
 
 @torch.enable_grad()  # whatever the reward function has switched off
-def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_model=None) -> dict:
+def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_model=None):
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
     Micro-batches only bound memory: the normalizer is the whole batch's. Rows whose advantage is exactly 0
@@ -359,9 +359,8 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_
             for name, value in stats.items():
                 sums[name] += value
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
-        tolerance = 0.1 if rollout.ids.is_cuda else 0.01  # for bf16 and float32
-        first_step = not optimizer.state
-        require(not first_step or means["difference"] <= tolerance,
+        # Before the first step, when the optimizer has no state. The limits are for bf16 and float32.
+        require(optimizer.state or means["difference"] <= (0.1 if rollout.ids.is_cuda else 0.01),
                 f"--model: {UNEQUAL.format(means['difference'])}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if math.isfinite(sums["loss"] + norm):
@@ -476,6 +475,7 @@ def check(config, out: Path):
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
     require(math.isfinite(config.beta), "--beta: must be finite")
+    require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
     require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
     require(not config.resume or (out / "checkpoint/state.pt").exists(),
@@ -567,8 +567,7 @@ def load_model(path, device, gradient_checkpointing=False):
         loader = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = loader.from_pretrained(
-            path, config=quietened(config), dtype=torch.float32, trust_remote_code=False,
-            output_loading_info=True)
+            path, config=quietened(config), dtype=torch.float32, output_loading_info=True)
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("grouped")
         rows = model.get_input_embeddings().num_embeddings
@@ -654,7 +653,7 @@ def load_examples(path, tokenizer, config, context=None):
     return examples
 
 
-def texts_of(rollout: Rollout, tokenizer, examples):
+def texts_of(rollout, tokenizer, examples):
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
     texts = [tokenizer.decode(ids if truncated else ids[:-1], clean_up_tokenization_spaces=False)
@@ -662,7 +661,7 @@ def texts_of(rollout: Rollout, tokenizer, examples):
     return [examples[b // G].opening + text for b, text in enumerate(texts)]
 
 
-def rollout_metrics(rollout: Rollout, rewards, confidence, beta):
+def rollout_metrics(rollout, rewards, confidence, beta):
     """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
 
     The agreement is that of the less probable responses, whatever the sign of beta.
@@ -806,7 +805,7 @@ def load_checkpoint(out: Path, policy, optimizer, settings):
     return state["step"]
 
 
-def train(config: Config) -> dict:
+def train(config: Config):
     """Trains, evaluates and saves as config says; without a model, Config(**TASK), the built-in task.
 
     Returns the last evaluation's metrics. Raises UserError.

@@ -875,7 +875,7 @@ BAD = [
     ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
     ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
     ("--model gemma --system-prompt x", "System role not supported"),
-    pytest.param("--device cuda", "CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
+    pytest.param("--device cuda", "sees no CUDA GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
 
 
 @pytest.mark.parametrize("flags, message", BAD)
