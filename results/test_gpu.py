@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RESULTS = Path(__file__).resolve().parent
 SHOWN = {  # what the file of each part has when it has passed
     "versions": "transformers 5", "tests": " passed in ", "builtin": '{"step": 1, ',
@@ -12,6 +14,7 @@ SHOWN = {  # what the file of each part has when it has passed
     "times_tables": '{"step": 1, '}
 
 
+@pytest.mark.skipif("SLOW" not in os.environ, reason="takes most of a minute; SLOW=1 python -m pytest runs it")
 def test_every_part_passes_and_writes_its_file(tmp_path):
     environment = os.environ | {"TINY": "1", "PYTHON": sys.executable, "PYTHONPATH": ""}
     shown = subprocess.run([RESULTS / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True)
