@@ -187,12 +187,12 @@ class Rollout:
     entropies: Tensor       # (B, T) float32, nats: entropy of the distribution at a token, 0 in the padding
 
     @property
-    def mask(self) -> Tensor:
+    def mask(self):
         """(B, T) bool, True on response tokens."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     @property
-    def positions(self) -> Tensor:
+    def positions(self):
         """(B, N + T) 0 at the first token of the prompt, below 0 on the padding before it."""
         N, T = self.prompts.shape[1], self.ids.shape[1]
         return torch.arange(N + T, device=self.ids.device) - N + self.prompt_lengths[:, None]
@@ -209,7 +209,7 @@ class Rollout:
         return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
 
 
-def response_logits(model, ids: Tensor, positions: Tensor, count: int, cache=None) -> Tensor:
+def response_logits(model, ids, positions, count, cache=None):
     """Logits (B, count, V) after the last tokens of ids (B, S); positions (B, what the cache holds + S).
 
     Padding on the right needs no mask: causal attention never sees it.
@@ -476,13 +476,15 @@ def check(config, out: Path):
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
     require(math.isfinite(config.beta), "--beta: must be finite")
     require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
-    require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
+    require(bool(config.model) == bool(config.train_data) >= bool(config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
+    require(config.model or config.max_new_tokens <= 64,
+            "the built-in task: at most 64 --max-new-tokens; from Python, train(Config(**TASK))")
     require(not config.resume or (out / "checkpoint/state.pt").exists(),
             f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
     reused = config.resume or not (config.model or config.output_dir)  # write_task moves what is there aside
     require(reused or not any(out.glob("[!.]*")),
-            f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
+            f"--output-dir {out} is not empty: choose another; --resume continues from a checkpoint in it")
 
 
 def load_reward(spec):
@@ -648,8 +650,8 @@ def load_examples(path, tokenizer, config, context=None):
             examples.append(Example(prompt, marked or answer, ids, opening))
     if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
-    require(examples, f"{path}: no usable row of {len(lines)}: a prompt may have {longest} tokens, the "
-                      f"lesser of --max-prompt-tokens and the context of {context} without --max-new-tokens")
+    require(examples, f"{path}: no usable row of {len(lines)}: context {context} less --max-new-tokens, "
+                      f"and --max-prompt-tokens, leave {longest} tokens for a prompt")
     return examples
 
 
@@ -899,9 +901,9 @@ def main(arguments: list[str] | None = None) -> int:
         train(Config(**vars(parser.parse_args(arguments))))
         return 0
     except KeyboardInterrupt:
-        tqdm.write("\nicpo.py: stopped; once training has begun, --resume continues it", file=sys.stderr)
+        tqdm.write("\nicpo.py: stopped; --resume continues from a checkpoint, if any", file=sys.stderr)
         return 130
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         message = error
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate memory|MemoryError|ALLOC_FAILED", repr(error)):

@@ -873,7 +873,7 @@ BAD = [
     ("--train-data surrogate.jsonl", "prompts that tokenizer and chat template take"), ("--reward leaves:f", "SystemExit"),
     *((f"--model broken --system-prompt {template}", "chat template") for template in BROKEN_TEMPLATES),
     ("--max-prompt-tokens 1", "no usable row"), ("--output-dir good.jsonl/run", "cannot be written: Not a directory"),
-    ("--max-new-tokens 500", "context of 256"), ("--output-dir .", "not empty"),
+    ("--max-new-tokens 500", "context 256 less"), ("--output-dir .", "not empty"),
     ("--model gemma --system-prompt x", "System role not supported"),
     pytest.param("--device cuda", "sees no CUDA GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
 
