@@ -197,7 +197,7 @@ class Rollout:
         N, T = self.prompts.shape[1], self.ids.shape[1]
         return torch.arange(N + T, device=self.ids.device) - N + self.prompt_lengths[:, None]
 
-    def select(self, rows) -> "Rollout":
+    def select(self, rows):
         """The given rows, in that order, trimmed to the longest of them."""
         prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
         N, T = prompt_lengths.max(), lengths.max()
@@ -236,7 +236,6 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     device, B, T = model.device, len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
     prompt_ids = pad_sequence(repeated, batch_first=True, padding_side="left")
-    N = prompt_ids.shape[1]
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
     ids, lengths = torch.zeros(B, T, dtype=torch.long, device=device), torch.zeros_like(prompt_lengths)
     unfinished = torch.ones(B, dtype=torch.bool, device=device)
@@ -255,7 +254,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         for t in tqdm(range(T), "tokens", leave=False, delay=5):
-            logits = response_logits(model, new_ids, positions[rows, :N + t], 1, cache)[:, 0]
+            logits = response_logits(model, new_ids, positions[rows, :t - T], 1, cache)[:, 0]
             if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
                 cache.batch_repeat_interleave(group_size)
                 logits = logits.repeat_interleave(group_size, dim=0)
@@ -298,7 +297,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
     with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
         logits = response_logits(model, input_ids, rollout.positions, T + 1)[:, :-1]
 
-    def score(logits: Tensor, ids: Tensor) -> Tensor:
+    def score(logits, ids):
         log_p = (logits.float() / temperature).log_softmax(dim=-1)
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
 
@@ -324,7 +323,7 @@ UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g}
 
 
 @torch.enable_grad()  # whatever the reward function has switched off
-def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_model=None):
+def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
 
     Micro-batches only bound memory: the normalizer is the whole batch's. Rows whose advantage is exactly 0
@@ -336,7 +335,7 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
     chunks = [chunk for chunk in rows.split(config.micro_batch) if len(chunk)]
     batches = [rollout.select(chunk) for chunk in chunks]
-    old_log_probs = []
+    old_log_probs, ref_log_probs = [], [None] * len(batches)
     policy.train(policy.is_gradient_checkpointing)  # no layer is checkpointed in eval mode
     skipped = 0
     for epoch in range(config.inner_epochs):
@@ -344,15 +343,14 @@ def update(policy, optimizer, rollout: Rollout, advantages: Tensor, config, ref_
         sums = Counter()
         for i, batch in enumerate(tqdm(batches, "micro-batches", leave=False, delay=5)):
             log_probs = token_log_probs(policy, batch, config.temperature)
-            ref_log_probs = None
-            if ref_model is not None:
-                with torch.no_grad():
-                    ref_log_probs = token_log_probs(ref_model, batch, config.temperature)
             if epoch == 0:  # before any step this is log pi_old, by the very kernels that the ratio will see
                 old_log_probs.append(log_probs.detach())
+                if ref_model is not None:
+                    with torch.no_grad():
+                        ref_log_probs[i] = token_log_probs(ref_model, batch, config.temperature)
             loss, stats = policy_loss(
                 log_probs, old_log_probs[i], advantages[chunks[i]], batch.mask, config.clip_low,
-                config.clip_high, config.aggregation, normalizer, ref_log_probs, config.kl_coef)
+                config.clip_high, config.aggregation, normalizer, ref_log_probs[i], config.kl_coef)
             loss.backward()
             stats["loss"] = loss.detach()
             stats["difference"] = (old_log_probs[i] - batch.log_probs).abs().sum()
@@ -391,11 +389,9 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     scored = time.perf_counter()
     # 6. Update.
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
-    done = time.perf_counter()
-
-    metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
     metrics |= {"reward/errors": len(errors), "time/sample": sampled - start, "time/score": scored - sampled,
-                "time/update": done - scored}
+                "time/update": time.perf_counter() - scored}
+    metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
                 "response": responses[b], "reward": r, "confidence": l, "advantage": A}
@@ -429,7 +425,7 @@ class Config:
     resume: bool = False  # continue from the last checkpoint in --output-dir
     save_every: int = 20  # steps between checkpoints
     seed: int = 0  # every random number follows from the seed and the step
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu or cuda; a GPU if there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if there is one
     # Sampling and optimization
     steps: int = 500  # training steps in all, also after --resume (built-in task: 60)
     prompts_per_step: int = 16  # prompts in a step (P)
@@ -464,7 +460,7 @@ class Config:
                 setattr(self, name, os.path.expanduser(path))
 
 
-def check(config, out: Path):
+def check(config, out):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
     may_be_0 = ("seed clip_low clip_high kl_coef alpha warmup_steps eval_samples task_warmup_steps "
                 "task_teacher_error").split()
@@ -476,7 +472,7 @@ def check(config, out: Path):
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
     require(math.isfinite(config.beta), "--beta: must be finite")
     require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
-    require(bool(config.model) == bool(config.train_data) >= bool(config.eval_data),
+    require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
     require(config.model or config.max_new_tokens <= 64,
             "the built-in task: at most 64 --max-new-tokens; from Python, train(Config(**TASK))")
@@ -500,8 +496,8 @@ def load_reward(spec):
 
 def score_responses(reward, responses, examples):
     """Rewards (P, G) float32 of G responses to each example; the errors of failed calls, which score 0."""
-    G, errors = len(responses) // len(examples), []
-    rewards = torch.zeros(len(responses))
+    G, process = len(responses) // len(examples), os.getpid()
+    rewards, errors = torch.zeros(len(responses)), []
     for i, response in enumerate(responses):
         try:
             value = float(reward(response, examples[i // G].reference))
@@ -509,12 +505,14 @@ def score_responses(reward, responses, examples):
                 raise ValueError(f"the reward is {value}")
             rewards[i] = value
         except (Exception, SystemExit) as error:  # one response must not end a run of hours
+            if os.getpid() != process:  # a process that the reward forked is to end, not to train on
+                raise
             errors.append(repr(error))
             LOGGER.warning_once("\na reward failed: it is 0, and counted in reward/errors", exc_info=True)
     return rewards.view(-1, G), errors
 
 
-def quietened(config: PretrainedConfig):
+def quietened(config):
     """A copy without dropout or noise in training mode, for a model that returns logits and a cache only."""
     config = copy.copy(config)
     for name, value in vars(config).items():
@@ -727,10 +725,10 @@ def writing(path):
         yield
     except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written: {reason}; make room, or choose a free --output-dir")
+        raise UserError(f"{path} cannot be written: {reason}; make room, or use an --output-dir no run is in")
 
 
-def claim(out: Path):
+def claim(out):
     """Keeps other runs out of the folder while the lock is referred to. Raises UserError if one is in it."""
     with writing(out / ".lock"):
         lock = FileLock(out / ".lock", is_singleton=True)
@@ -780,7 +778,7 @@ if hasattr(os, "register_at_fork"):  # a process that a reward forks has the for
         after_in_child=lambda: [restore_handlers(), signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)])
 
 
-def save_checkpoint(out: Path, step, policy, optimizer, settings):
+def save_checkpoint(out, step, policy, optimizer, settings):
     sizes = {log: (out / log).stat().st_size for log in ("metrics.jsonl", "samples.jsonl")}
     state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
              "settings": settings, "log_sizes": sizes}
@@ -790,7 +788,7 @@ def save_checkpoint(out: Path, step, policy, optimizer, settings):
         part.replace(path)
 
 
-def load_checkpoint(out: Path, policy, optimizer, settings):
+def load_checkpoint(out, policy, optimizer, settings):
     """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
     try:
         state = torch.load(out / "checkpoint/state.pt", map_location="cpu", weights_only=True)
@@ -807,7 +805,7 @@ def load_checkpoint(out: Path, policy, optimizer, settings):
     return state["step"]
 
 
-def train(config: Config):
+def train(config):
     """Trains, evaluates and saves as config says; without a model, Config(**TASK), the built-in task.
 
     Returns the last evaluation's metrics. Raises UserError.
@@ -887,7 +885,7 @@ def train(config: Config):
     return evaluated
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments=None):
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0],
                               usage="python icpo.py [--flag value ...], where --help lists the flags")
     comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", Path(__file__).read_text(), re.MULTILINE))

@@ -1202,6 +1202,26 @@ def test_a_reward_that_always_fails_at_first_ends_the_run_and_later_only_counts(
     assert [row.get("reward/errors") for row in rows_of(tmp_path / "b/metrics.jsonl")] == [None, 0, 4, 4]
 
 
+def test_a_process_that_a_reward_forks_does_not_train_on(monkeypatch):
+    parent = os.getpid()
+
+    def forks(response, reference):
+        monkeypatch.setattr(os, "getpid", lambda: parent + 1)  # as in a child
+        sys.exit()
+
+    with pytest.raises(SystemExit):
+        icpo.score_responses(forks, ["a"], [icpo.Example("", "r", [])])
+
+
+def test_the_reference_model_is_asked_once_a_rollout():
+    model, calls = qwen2(), []
+    reference = copy.deepcopy(model)
+    reference.register_forward_pre_hook(lambda *args: calls.append(1))
+    config = settings(inner_epochs=3, micro_batch=6, kl_coef=0.1)
+    icpo.update(model, torch.optim.SGD(model.parameters(), lr=0.01), draw(model), on(torch.randn(12)), config, reference)
+    assert len(calls) == 2
+
+
 def test_references_reach_the_reward_as_they_are_in_the_file(tiny, tmp_path):
     tokenizer = icpo.load_model(str(tiny), "cpu")[1]
     values = [72, 0.5, True, [12, 13], ["a"], {"target": 5, "numbers": [2, None]}, "so\n#### 18", "plain"]
@@ -1305,7 +1325,7 @@ def test_one_run_a_folder(tiny, tmp_path, capfd):
     lock = icpo.claim(tmp_path / "run")
     another = f"import icpo; icpo.main({list(map(str, [*own, *flags]))})"
     shown = subprocess.run([sys.executable, "-c", another], cwd=ROOT, capture_output=True, text=True)
-    assert "choose a free --output-dir" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
+    assert "use an --output-dir no run is in" in shown.stderr and not (tmp_path / "run/metrics.jsonl").exists()
     lock.release()
     assert run(*own, *flags) == 0 and run(*own, *flags, "--resume", "--steps", 2) == 0
     assert "no checkpoint" in error_of(capfd, *own, *flags[:-1], tmp_path / "other", "--resume")
