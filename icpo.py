@@ -401,8 +401,6 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
 
-# What the built-in task needs other than the defaults; the command line takes it from here without --model.
-TASK = dict(steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)
 LOGGER = logging.get_logger("icpo")
 
 
@@ -474,8 +472,6 @@ def check(config, out):
     require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
     require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
-    require(config.model or config.max_new_tokens <= 64,
-            "the built-in task: at most 64 --max-new-tokens; from Python, train(Config(**TASK))")
     require(not config.resume or (out / "checkpoint/state.pt").exists(),
             f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
     reused = config.resume or not (config.model or config.output_dir)  # write_task moves what is there aside
@@ -536,16 +532,16 @@ def closing_token(tokenizer):
     return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def grouped_attention(module, query, key, value, mask, **kwargs):
     """For one new token, the query heads that share a key-value head stand side by side as its queries.
 
     transformers' own, which the prompts take, would copy the cache for each of them where there is padding.
     """
     B, H, T, D = query.shape
     if T > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     grouped = query.reshape(B, key.shape[1], -1, D)
-    out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
+    out = scaled_dot_product_attention(grouped, key, value, mask, scale=kwargs.get("scaling"))
     return out.reshape(B, 1, H, -1), None
 
 
@@ -724,8 +720,7 @@ def writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be written: {reason}; make room, or use an --output-dir no run is in")
+        raise UserError(f"{path} cannot be written: {error}; make room, or use an --output-dir no run is in")
 
 
 def claim(out):
@@ -745,23 +740,21 @@ def append(path, rows):
 STOPPING, FORMER_HANDLERS = (signal.SIGINT, signal.SIGTERM), {}
 
 
-def until_interrupted(steps):
-    """Yields steps. Ctrl-C or SIGTERM finishes the current step, then stops; a second one stops at once."""
-    signals = []
+@contextlib.contextmanager
+def caught_signals():
+    """The list to which Ctrl-C and SIGTERM are added, for the step to be finished; a second stops at once."""
+    caught = []
 
     def handler(number, frame):
-        if signals:
+        if caught:
             raise KeyboardInterrupt
-        signals.append(number)
+        caught.append(number)
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
     with contextlib.suppress(ValueError):  # only the main thread may set a handler
         FORMER_HANDLERS.update({number: signal.signal(number, handler) for number in STOPPING})
     try:
-        for step in steps:
-            yield step
-            if signals:
-                break
+        yield caught
     finally:
         restore_handlers()
 
@@ -806,25 +799,18 @@ def load_checkpoint(out, policy, optimizer, settings):
 
 
 def train(config):
-    """Trains, evaluates and saves as config says; without a model, Config(**TASK), the built-in task.
-
-    Returns the last evaluation's metrics. Raises UserError.
-    """
+    """Trains, evaluates and saves as config says. Returns the last evaluation's metrics. Raises UserError."""
     # Absolute, since the reward function may change the working folder.
     out = Path(config.output_dir or f"runs/{Path(config.model or 'addition').resolve().name}").resolve()
     check(config, out)
     settings = asdict(config)
     if not config.model:
-        if not config.resume:
-            from examples.addition import write_task
-            lock = claim(out)
-            with writing(out / "task"):
-                write_task(out, config)
-        task = f"{out}/task"
-        config = replace(
-            config, model=f"{task}/model", train_data=f"{task}/train.jsonl", eval_data=f"{task}/eval.jsonl")
+        from examples.addition import prepare
+        lock = claim(out)
+        with writing(out / "task"):
+            config = prepare(config, out)
     policy, tokenizer, eos_ids = load_model(config.model, config.device, config.gradient_checkpointing)
-    ref_model = load_model(config.model, config.device)[0] if config.kl_coef else None
+    ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
     held_out = held_out[:config.eval_rows]
@@ -846,36 +832,34 @@ def train(config):
 
     evaluated, bar = {}, tqdm(total=config.steps, initial=max(0, step),
                               bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
-    for step in until_interrupted(range(step + 1, config.steps + 1)):
-        metrics, samples = {}, []
-        if step > 0:
-            # Every random number of a step follows from (seed, step): a resumed run repeats an unbroken one.
-            set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-            lr = config.lr * min(1, step / max(1, config.warmup_steps))
-            optimizer.param_groups[0]["lr"] = lr
-            indices = batch_indices(len(examples), step, config.prompts_per_step, config.seed)
-            batch = [examples[i] for i in indices]
-            metrics, samples = train_step(
-                policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
-            metrics["lr"] = lr
-        if step % config.eval_every == 0 or step == config.steps:
-            evaluated = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
-            metrics |= evaluated
-        append(out / "metrics.jsonl", [{"step": step} | metrics])
-        append(out / "samples.jsonl", [{"step": step} | row for row in samples[:config.group_size]])
-        if step > 0:
-            accuracy = f"acc={evaluated['eval/accuracy']:.2f}, " if evaluated else ""
-            bar.set_postfix_str(f"{accuracy}reward={metrics['reward/verified']:.2f}, entropy="
-                                f"{metrics['entropy']:.2f}, agree={metrics['preference/agreement']:.2f}")
-            bar.update()
-            if metrics["length/truncated_frac"] > 0.5:
-                LOGGER.warning_once("\nover half of the responses were cut: --max-new-tokens may be too low")
-        if step % config.save_every == 0 and step < config.steps:
-            save_checkpoint(out, step, policy, optimizer, settings)
-    bar.close()
-    save_checkpoint(out, step, policy, optimizer, settings)
-    if step < config.steps:
-        raise KeyboardInterrupt  # which until_interrupted held back
+    with caught_signals() as caught, bar:
+        for step in range(step + 1, config.steps + 1):
+            metrics, samples = {"step": step}, []
+            if step > 0:
+                # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
+                set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
+                indices = batch_indices(len(examples), step, config.prompts_per_step, config.seed)
+                batch = [examples[i] for i in indices]
+                lr = config.lr * min(1, step / max(1, config.warmup_steps))
+                optimizer.param_groups[0]["lr"] = metrics["lr"] = lr
+                measured, samples = train_step(
+                    policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
+                metrics |= measured
+                accuracy = f"acc={evaluated['eval/accuracy']:.2f}, " if evaluated else ""
+                bar.set_postfix_str(f"{accuracy}reward={metrics['reward/verified']:.2f}, entropy="
+                                    f"{metrics['entropy']:.2f}, agree={metrics['preference/agreement']:.2f}")
+                bar.update()
+                if metrics["length/truncated_frac"] > 0.5:
+                    LOGGER.warning_once("\nover half of the responses were cut: raise --max-new-tokens?")
+            if step % config.eval_every == 0 or step == config.steps:
+                evaluated = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
+                metrics |= evaluated
+            append(out / "metrics.jsonl", [metrics])
+            append(out / "samples.jsonl", [{"step": step} | row for row in samples[:config.group_size]])
+            if caught or step % config.save_every == 0 or step == config.steps:
+                save_checkpoint(out, step, policy, optimizer, settings)
+            if caught and step < config.steps:
+                raise KeyboardInterrupt
 
     policy.config = policy.config_to_save
     with writing(out / "model"):
@@ -893,7 +877,8 @@ def main(arguments=None):
         action.help = comments.get(action.dest, action.help)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model writes
     if not parser.parse_args(arguments).model:  # parsed once more below, with the task's defaults
-        parser.set_defaults(**TASK)
+        from examples.addition import DEFAULTS
+        parser.set_defaults(**DEFAULTS)
         torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     try:
         train(Config(**vars(parser.parse_args(arguments))))

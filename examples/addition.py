@@ -8,12 +8,15 @@ import itertools
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+DEFAULTS = dict(steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)  # in place of those of icpo.Config
 
 
 def worked_addition(a: int, b: int, carry: bool = True) -> str:
@@ -22,6 +25,14 @@ def worked_addition(a: int, b: int, carry: bool = True) -> str:
     carried = int(carry and units > 9)
     final = 10 * (tens + carried) + units % 10
     return f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}+{carried}={tens + carried} #### {final}"
+
+
+def prepare(config, out: Path):
+    """The config that trains the model of out/task on its sums; both are written first, unless it resumes."""
+    if not config.resume:
+        write_task(out, config)
+    task = out / "task"
+    return replace(config, model=f"{task}/model", train_data=f"{task}/train.jsonl", eval_data=f"{task}/eval.jsonl")
 
 
 def write_task(out: Path, config):
@@ -49,7 +60,7 @@ def write_task(out: Path, config):
         (task / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=257, hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, eos_token_id=256,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256,
         pad_token_id=256, bos_token_id=None))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in tqdm(range(config.task_warmup_steps), desc="imitating the teacher"):
