@@ -34,8 +34,10 @@ import sys
 if sys.version_info < (3, 11):
     sys.exit("icpo.py: error: this is Python {}.{}; 3.11 or newer is needed".format(*sys.version_info))
 
+import argparse
 import contextlib
 import copy
+import inspect
 import json
 import math
 import os
@@ -45,9 +47,9 @@ import signal
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-    AutoTokenizer, DynamicCache, GenerationConfig, HfArgumentParser, PretrainedConfig, set_seed)
+    AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, set_seed)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -406,12 +408,12 @@ LOGGER = logging.get_logger("icpo")
 
 @dataclass
 class Config:
-    """The flags of the command line: group_size is --group-size, and the comments are its --help."""
+    """The flags of the command line: group_size is --group-size, and the comments make its --help."""
 
     # What to train, and on what
-    model: str | None = None  # model directory or hub name; without it the built-in task runs
-    train_data: str | None = None  # JSON Lines of prompts and reference answers, for --model
-    eval_data: str | None = None  # the same, held out; without it nothing is evaluated
+    model: str = ""  # model directory or hub name; without it the built-in task runs
+    train_data: str = ""  # JSON Lines of prompts and reference answers, for --model
+    eval_data: str = ""  # the same, held out; without it nothing is evaluated
     prompt_key: str = "prompt"  # key of the prompt in a line
     answer_key: str = "answer"  # key of the reference answer in a line
     system_prompt: str = ""  # system message; without a chat template, text before every prompt
@@ -419,7 +421,7 @@ class Config:
     no_chat_template: bool = False  # use prompts as they are, without the chat template
     reward: str = "verify:verify"  # module:function, called as f(response, reference) -> float
     # The run
-    output_dir: str | None = None  # the run's own folder, by default runs/<model's name, or addition>
+    output_dir: str = ""  # the run's own folder, by default runs/<model's name, or addition>
     resume: bool = False  # continue from the last checkpoint in --output-dir
     save_every: int = 20  # steps between checkpoints
     seed: int = 0  # every random number follows from the seed and the step
@@ -454,8 +456,7 @@ class Config:
 
     def __post_init__(self):
         for name in ("model", "train_data", "eval_data", "output_dir"):
-            if path := getattr(self, name):
-                setattr(self, name, os.path.expanduser(path))
+            setattr(self, name, os.path.expanduser(getattr(self, name) or ""))
 
 
 def check(config, out):
@@ -869,12 +870,28 @@ def train(config):
     return evaluated
 
 
+def command_line():
+    """The parser of Config's flags, whose groups and help are the comments there."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        usage="python icpo.py [--flag value ...], where --help lists the flags")
+    for line in inspect.getsource(Config).splitlines():
+        if title := re.match("    # (.*)", line):
+            group = parser.add_argument_group(title[1])
+        elif field := re.match(r"    (\w+): .*  # (.*)", line):
+            name, comment = field.groups()
+            default, choices = getattr(Config, name), get_args(Config.__annotations__[name])
+            kind = {"type": type(default), "choices": choices or None}
+            if default is False:
+                kind = {"action": "store_true"}
+            elif default != "":
+                comment += f" (default: {default})"
+            group.add_argument(f"--{name.replace('_', '-')}", default=default, help=comment, **kind)
+    return parser
+
+
 def main(arguments=None):
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0],
-                              usage="python icpo.py [--flag value ...], where --help lists the flags")
-    comments = dict(re.findall(r"^    (\w+):.*  # (.*)$", Path(__file__).read_text(), re.MULTILINE))
-    for action in parser._actions:
-        action.help = comments.get(action.dest, action.help)
+    parser = command_line()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model writes
     if not parser.parse_args(arguments).model:  # parsed once more below, with the task's defaults
         from examples.addition import DEFAULTS
