@@ -13,15 +13,15 @@ One training step, numbered as in train_step:
   5. Advantage A: R + alpha * s, normalized over the group as in GRPO [paper, ours]       icpo_advantage
   6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
 
-Where each part comes from: [paper] the paper's abstract or its authors' README, [summary] a public summary,
-[ours] our own reading or choice, such as which response of a pair is preferred, or the values of alpha and
-beta. We did not have the full text: what is marked [ours] may differ from it, and no number here is from it.
+Marks: [paper] the paper's abstract or its authors' README, [summary] a public summary, [ours] our own reading
+or choice, such as which response of a pair is preferred, or the values of alpha and beta. We did not have the
+full text: what is marked [ours] may differ from it, and no number here is from it.
 
 Glossary. P prompts, G responses each, B = P * G prompt-major rows, N positions for the prompt (padded on the
 left), T positions for the response (padded on the right), V vocabulary size:
   o_i         rollout.ids          (B, T)
   L_i         rollout.lengths      (B,)    tokens of the response, its end-of-sequence token included
-  l_i, s_i    confidence, preference  (P, G)
+  l_i, s_i    confidence (seq_log_probs in the functions), preference  (P, G)
   R_i, A_i    rewards, advantages     (P, G)
   log pi      log_probs            (B, T)  from the update's current forward pass
   log pi_old  one quantity, taken twice: rollout.log_probs (B, T) by the sampler, for l; old_log_probs (B, T)
@@ -32,23 +32,23 @@ left), T positions for the response (padded on the right), V vocabulary size:
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("icpo.py: error: this is Python {}.{}; 3.11 or newer is needed".format(*sys.version_info))
+    sys.exit(f"icpo.py: error: Python {sys.version_info[0]}.{sys.version_info[1]}; 3.11 or newer is needed")
 
 import argparse
-import contextlib
 import copy
 import inspect
 import json
-import math
 import os
 import pkgutil
 import re
 import signal
-import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
+from time import perf_counter
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -56,13 +56,11 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
     AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, set_seed)
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
@@ -72,11 +70,12 @@ from verify import extract_answer
 # ------------------------------------------------------------------------------------------------- The method
 
 def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """Log-prob per token of each response, its confidence [summary]; a mean, so that lengths compare:
+    """The confidence of each response [summary]: its mean log-prob per token, so that lengths compare:
 
         l_i = (1 / L_i) * sum over t of log pi_old(o_i,t | q, o_i,<t)
 
-    log_probs (B, T); mask (B, T) of any dtype, 1 on the response -> (B,) float32, nats a token; 0 if none.
+    log_probs (B, T); mask (B, T) of any dtype, nonzero on the response -> (B,) float32 in nats per token,
+    0 for a response without tokens.
     """
     mask = mask.bool()
     sums = torch.where(mask, log_probs.float(), 0).sum(dim=1)
@@ -84,14 +83,14 @@ def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
 
 
 def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
-    """How far each response is preferred to the others of its group, by the model's own log-probs alone.
+    """How much each response is preferred to the rest of its group, by the model's own log-probs alone.
 
         P(i > j) = sigmoid(beta * (l_j - l_i))      less probable is preferred; Bradley-Terry form [ours]
         s_i = mean over j != i of 2 P(i > j) - 1    a score from pairwise comparisons [paper]; its form [ours]
 
-    seq_log_probs (P, G) in nats per token, beta in 1 / nats (below 0 the more probable one is preferred)
-    -> (P, G) float32 in [-1, 1], detached. Sums to 0 over a group, is 0 if all tie, and for a large, finite
-    beta (wins - losses) / (G - 1). Raises ValueError if G < 2.
+    seq_log_probs (P, G), the confidence l in nats per token; beta, finite, in tokens per nat (below 0 the
+    more probable response is preferred) -> s (P, G) float32 in [-1, 1], detached. It sums to 0 over a group,
+    is 0 if all tie, and tends to (wins - losses) / (G - 1) as beta grows. Raises ValueError if G < 2.
     """
     G = seq_log_probs.shape[-1]
     if G < 2:
@@ -103,7 +102,7 @@ def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
 
 
 def uniform_groups(rewards: Tensor) -> Tensor:
-    """Groups whose rewards are all equal, up to rounding: rewards (P, G) -> (P, 1) bool."""
+    """True for each group whose rewards are all equal, up to rounding: rewards (P, G) -> (P, 1) bool."""
     low, high = rewards.float().aminmax(dim=-1, keepdim=True)
     return high - low <= 1e-6 * torch.maximum(high, -low)  # relative to the largest |r|
 
@@ -111,8 +110,8 @@ def uniform_groups(rewards: Tensor) -> Tensor:
 def group_advantage(rewards: Tensor) -> Tensor:
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
-    rewards (P, G) -> (P, G) float32. Uniform groups get exactly 0: an epsilon of 1e-8 in the denominator
-    is too small, as eight rewards of 0.7 have a std of 6e-8.
+    rewards (P, G) -> (P, G) float32. Groups of equal rewards get exactly 0, which an epsilon of 1e-8 in the
+    denominator would not ensure: by rounding alone, eight rewards of 0.7 have a std of 6e-8.
     """
     r = rewards.detach().float()
     centered = r - r.mean(dim=-1, keepdim=True)
@@ -126,15 +125,15 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
         A = group_advantage(R + alpha * s)
 
     alpha = 0 is GRPO, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha is
-    below 1/2, and A has the sign of GRPO's if alpha is below 1/G. Uniform groups get 0 [ours]: only s is left
-    of them, and normalizing would blow it up to the size of a reward, under which a model that errs at random
-    collapses. keep_uniform_groups gives them alpha * s, as it is.
+    below 1/2, and A has the sign of GRPO's if alpha is below 1/G. Groups of equal rewards get 0 [ours]: with
+    only s left, normalizing would blow it up to the size of a reward, and a model that errs at random would
+    collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
     preference = preference_advantage(seq_log_probs, beta)
     advantages = group_advantage(rewards + alpha * preference)
-    of_uniform_groups = alpha * preference if keep_uniform_groups else 0
-    return torch.where(uniform_groups(rewards), of_uniform_groups, advantages)
+    if_uniform = alpha * preference if keep_uniform_groups else 0
+    return torch.where(uniform_groups(rewards), if_uniform, advantages)
 
 
 def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
@@ -147,9 +146,10 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
         loss = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * (exp(d) - d - 1)
         d = log pi_ref - log pi; the last term is Schulman's k3, whose mean under pi is KL(pi || pi_ref)
 
-    log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> scalar, and
-    sums over tokens, for micro-batches to add up. Aggregation "token" weights all tokens alike, "sequence"
-    all responses, else ValueError. normalizer: their number in the optimizer batch; if None, in this call.
+    log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> a scalar, and
+    a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_old (of KL(pi_old || pi)) and
+    kl_ref. aggregation: "token" weights all tokens equally, "sequence" all responses; else ValueError.
+    normalizer: the number of those in the whole optimizer batch; None counts those of this call.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -162,10 +162,11 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     A = advantages[:, None]
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0)
     ratio = log_ratio.exp()
-    losses = -torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)
-    clipped = (A > 0) & (ratio > 1 + clip_high) | (A < 0) & (ratio < 1 - clip_low)
-    k3_old = ratio - log_ratio - 1
-    stats = {"tokens": mask.sum(), "clipped": clipped.sum(), "kl_old": k3_old.detach().sum()}
+    objective = ratio * A
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
+    losses = -torch.minimum(objective, clipped)
+    stats = {"tokens": mask.sum(), "clipped": (clipped < objective).sum(),
+             "kl_old": (ratio - log_ratio - 1).detach().sum()}
     if ref_log_probs is not None:
         d = torch.where(mask, ref_log_probs - log_probs, 0)
         k3 = d.exp() - d - 1
@@ -178,7 +179,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 @dataclass
 class Rollout:
-    """B responses with their prompts; row b answers prompt b // G. Masks come from lengths, not token ids."""
+    """B responses with their prompts. As sampled, row b answers prompt b // G; `select` reorders the rows."""
 
     prompts: Tensor         # (B, N) token ids, padded on the left
     prompt_lengths: Tensor  # (B,)
@@ -200,7 +201,7 @@ class Rollout:
         return torch.arange(N + T, device=self.ids.device) - N + self.prompt_lengths[:, None]
 
     def select(self, rows):
-        """The given rows, in that order, trimmed to the longest of them."""
+        """The given rows (indices, not empty, or a slice) in that order, trimmed to the longest of them."""
         prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
         N, T = prompt_lengths.max(), lengths.max()
         return Rollout(self.prompts[rows, -N:], prompt_lengths, self.ids[rows, :T], lengths,
@@ -212,9 +213,10 @@ class Rollout:
 
 
 def response_logits(model, ids, positions, count, cache=None):
-    """Logits (B, count, V) after the last tokens of ids (B, S); positions (B, what the cache holds + S).
+    """Logits (B, count, V) after each of the last `count` tokens of ids (B, S).
 
-    Padding on the right needs no mask: causal attention never sees it.
+    positions (B, S, or what the cache holds + S), below 0 on the left padding, which the mask hides. Padding
+    on the right needs no mask: causal attention never sees it. Some models ignore logits_to_keep: cut again.
     """
     return model(
         input_ids=ids, attention_mask=(positions >= 0).long(), past_key_values=cache,
@@ -230,74 +232,73 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
     its group, and rows leave the batch as they end. Temperature 0 is greedy, with log-probs of temperature 1.
-    `generator` lives on the CPU. Leaves the model in eval mode. Raises ValueError if a prompt is empty.
+    `generator` is a CPU one; None is torch's own. Leaves the model in eval mode. Raises ValueError if a
+    prompt is empty.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     model.eval()
     device, B, T = model.device, len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
-    prompt_ids = pad_sequence(repeated, batch_first=True, padding_side="left")
+    prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, batch_first=True, padding_side="left")
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
-    ids, lengths = torch.zeros(B, T, dtype=torch.long, device=device), torch.zeros_like(prompt_lengths)
-    unfinished = torch.ones(B, dtype=torch.bool, device=device)
+    ids, lengths = prompt_ids.new_zeros(B, T), torch.zeros_like(prompt_lengths)
+    unfinished = torch.ones_like(lengths, dtype=torch.bool)
     log_probs, entropies = torch.zeros(2, B, T, device=device)
-    # Filled in below; a response is truncated as long as it is unfinished.
+    # The loop fills these tensors in place. `unfinished` is rollout.truncated: True for what is left.
     rollout = Rollout(prompt_ids, prompt_lengths, ids, lengths, unfinished, log_probs, entropies)
     positions = rollout.positions
-    # All random numbers at once: those of a row depend neither on its neighbors nor on the device.
+    # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
     eos = torch.tensor(eos_ids, device=device)
     cache = DynamicCache(config=model.config)
-    # Only these caches can be repeated and selected by row. With others, prefill every row and keep them all.
-    by_row = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    rows = torch.arange(0, B, group_size if by_row else 1, device=device)  # those in the batch
+    rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
     new_ids = prompt_ids[rows]
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
         for t in tqdm(range(T), "tokens", leave=False, delay=5):
-            logits = response_logits(model, new_ids, positions[rows, :t - T], 1, cache)[:, 0]
-            if t == 0 and by_row:  # the prompts have been read: from here on, a row for each response
-                cache.batch_repeat_interleave(group_size)
-                logits = logits.repeat_interleave(group_size, dim=0)
+            seen = positions[rows, :t - T]  # of the N + T positions, the N + t that have a token by now
+            logits = response_logits(model, new_ids, seen, 1, cache)[:, 0]
+            if t == 0:  # the prompts have been read: from here on, a row for each response
                 rows = torch.arange(B, device=device)
+                cache.reorder_cache(rows // group_size)
+                logits = logits[rows // group_size]
             log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
             p = log_p.exp()
             if temperature:
                 # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
                 cdf = p.cumsum(dim=-1, dtype=torch.float64)
                 token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-                token = token.clamp(max=p.shape[-1] - 1)  # NaN draws an id beyond, which ends a GPU's process
+                token = token.clamp(max=p.shape[-1] - 1)  # NaN gives id V, which crashes a GPU process
             else:
                 token = log_p.argmax(dim=-1, keepdim=True)
-            ids[rows, t] = token.squeeze(1)
-            log_probs[rows, t] = log_p.gather(1, token).squeeze(1)
+            ids[rows, t, None] = token
+            log_probs[rows, t, None] = log_p.gather(1, token)
             entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
             lengths += unfinished
-            unfinished[rows] &= ~torch.isin(token.squeeze(1), eos)
+            unfinished[rows] = ~torch.isin(token.squeeze(1), eos)
 
-            stay = unfinished[rows].nonzero().squeeze(1)  # here a GPU is waited for
+            stay = unfinished[rows].nonzero().squeeze(1)  # waits for the GPU
             if len(stay) == 0:
                 break
-            if by_row and len(stay) < len(rows):
-                cache.batch_select_indices(stay)
+            if len(stay) < len(rows):
+                cache.reorder_cache(stay)
                 rows = rows[stay]
-            new_ids = ids[rows, t, None]
+            new_ids = token[stay]
 
-    for x in (ids, log_probs, entropies):
-        x[~rollout.mask] = 0  # rows that could not leave went on behind their end
     return rollout.select(slice(None))
 
 
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
-    Only response positions get logits. Their float32 copies are made max_logits numbers at a time, and again
-    in the backward pass: all that grows with B * T * V is the model's own logits, in bf16 on a GPU.
+    Only response positions get logits. Above max_logits numbers (but at least a column of B * V), the float32
+    copies are made chunk by chunk, and again in the backward pass: then all that grows with B * T * V is the
+    model's own logits, in bf16 on a GPU, and their gradient.
     """
-    input_ids, T = torch.cat([rollout.prompts, rollout.ids], dim=1), rollout.ids.shape[1]
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
-        logits = response_logits(model, input_ids, rollout.positions, T + 1)[:, :-1]
+    input_ids = torch.cat([rollout.prompts, rollout.ids], dim=1)
+    with torch.autocast("cuda", torch.bfloat16, enabled=input_ids.is_cuda):
+        logits = response_logits(model, input_ids, rollout.positions, rollout.ids.shape[1] + 1)[:, :-1]
 
     def score(logits, ids):
         log_p = (logits.float() / temperature).log_softmax(dim=-1)
@@ -317,53 +318,56 @@ class UserError(Exception):
 
 
 def require(holds, message):
+    """Raises UserError(message) unless `holds`."""
     if not holds:
         raise UserError(message)
 
 
-UNEQUAL = "log-probs with a cache and without (sampled, scored) differ by {:.2g} nats a token: choose another"
+UNEQUAL = "sampled (with a cache) and scored log-probs differ by {:.2g} nats a token: use another model"
 
 
-@torch.enable_grad()  # whatever the reward function has switched off
+@torch.enable_grad()  # the user's reward function may have switched gradients off
 def update(policy, optimizer, rollout, advantages, config, ref_model=None):
-    """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the metrics of the last.
+    """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the last one's metrics.
 
-    Micro-batches only bound memory: the normalizer is the whole batch's. Rows whose advantage is exactly 0
-    count in it, but are computed only if the KL needs them. A non-finite loss or gradient makes no step.
-    Raises UserError before the first step if scored and sampled log-probs disagree.
+    Micro-batches only bound memory: the loss is normalized over the whole batch. Rows whose advantage is
+    exactly 0 count there, but are computed only if the KL needs them. A non-finite loss or gradient means no
+    step ("update/skipped" counts them). Raises UserError if, before the optimizer has any state, scored and
+    sampled log-probs disagree.
     """
     normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
-    chunks = [chunk for chunk in rows.split(config.micro_batch) if len(chunk)]
-    batches = [rollout.select(chunk) for chunk in chunks]
-    old_log_probs, ref_log_probs = [], [None] * len(batches)
-    policy.train(policy.is_gradient_checkpointing)  # no layer is checkpointed in eval mode
+    chunks = rows.split(config.micro_batch) if len(rows) else ()
+    old_log_probs, ref_log_probs = [], [None] * len(chunks)
+    policy.train(policy.is_gradient_checkpointing)  # which only acts in train mode; dropout was set to 0
     skipped = 0
     for epoch in range(config.inner_epochs):
         optimizer.zero_grad()
         sums = Counter()
-        for i, batch in enumerate(tqdm(batches, "micro-batches", leave=False, delay=5)):
+        for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5)):
+            batch = rollout.select(chunk)
             log_probs = token_log_probs(policy, batch, config.temperature)
-            if epoch == 0:  # before any step this is log pi_old, by the very kernels that the ratio will see
+            if epoch == 0:  # before any step these are log pi_old, by the same kernels: the ratio is 1
                 old_log_probs.append(log_probs.detach())
                 if ref_model is not None:
                     with torch.no_grad():
                         ref_log_probs[i] = token_log_probs(ref_model, batch, config.temperature)
             loss, stats = policy_loss(
-                log_probs, old_log_probs[i], advantages[chunks[i]], batch.mask, config.clip_low,
+                log_probs, old_log_probs[i], advantages[chunk], batch.mask, config.clip_low,
                 config.clip_high, config.aggregation, normalizer, ref_log_probs[i], config.kl_coef)
             loss.backward()
             stats["loss"] = loss.detach()
             stats["difference"] = (old_log_probs[i] - batch.log_probs).abs().sum()
             for name, value in stats.items():
                 sums[name] += value
+        # A Counter reads as 0 where a key is missing: kl_ref without a reference, or everything without rows.
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
-        # Before the first step, when the optimizer has no state. The limits are for bf16 and float32.
+        # AdamW has no state before its first step (plain SGD never has). Limits: bf16 on a GPU, else float32.
         require(optimizer.state or means["difference"] <= (0.1 if rollout.ids.is_cuda else 0.01),
                 f"--model: {UNEQUAL.format(means['difference'])}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if math.isfinite(sums["loss"] + norm):
+        if isfinite(sums["loss"] + norm):
             optimizer.step()
         else:
             skipped += 1
@@ -373,26 +377,30 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
 
 
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
-    """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples."""
-    P, G, start = len(examples), config.group_size, time.perf_counter()
+    """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples.
+
+    reward: f(response, reference) -> float. Raises UserError if the first step shows that the reward always
+    fails, or that the model scores otherwise than it samples.
+    """
+    P, G, start = len(examples), config.group_size, perf_counter()
     # 1. Sample.
     prompts = [example.ids for example in examples]
     rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
     responses = texts_of(rollout, tokenizer, examples)
-    sampled = time.perf_counter()
+    sampled = perf_counter()
     # 2. Verify.
     rewards, errors = score_responses(reward, responses, examples)
-    require(optimizer.state or len(errors) < P * G,  # before anything was learned: it is the function
+    require(optimizer.state or len(errors) < P * G,  # all of the first: the function is broken
             f"--reward {config.reward}: all {P * G} calls of the first step failed: {errors[:1]}")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     # 4. and 5. Preference advantage, joined with the reward. icpo_advantage does both.
     advantages = icpo_advantage(rewards, confidence, config.alpha, config.beta, config.keep_uniform_groups)
-    scored = time.perf_counter()
+    scored = perf_counter()
     # 6. Update.
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
     metrics |= {"reward/errors": len(errors), "time/sample": sampled - start, "time/score": scored - sampled,
-                "time/update": time.perf_counter() - scored}
+                "time/update": perf_counter() - scored}
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
@@ -464,19 +472,20 @@ def check(config, out):
     may_be_0 = ("seed clip_low clip_high kl_coef alpha warmup_steps eval_samples task_warmup_steps "
                 "task_teacher_error").split()
     for name, value in asdict(config).items():
-        if type(value) in (int, float) and name != "beta":
-            least, holds = ("at least", value >= 0) if name in may_be_0 else ("above", value > 0)
+        if type(value) in (int, float) and name != "beta":  # not bool, which is an int
+            least = "at least" if name in may_be_0 else "above"
+            holds = value > 0 or value == 0 and name in may_be_0
             require(holds, f"--{name.replace('_', '-')} {value}: must be {least} 0")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
-    require(math.isfinite(config.beta), "--beta: must be finite")
+    require(isfinite(config.beta), "--beta: must be finite")
     require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
     require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
             "--model and --train-data need each other, and --eval-data needs both")
     require(not config.resume or (out / "checkpoint/state.pt").exists(),
             f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
-    reused = config.resume or not (config.model or config.output_dir)  # write_task moves what is there aside
-    require(reused or not any(out.glob("[!.]*")),
+    may_be_full = config.resume or not (config.model or config.output_dir)  # write_task moves old runs aside
+    require(may_be_full or not any(out.glob("[!.]*")),
             f"--output-dir {out} is not empty: choose another; --resume continues from a checkpoint in it")
 
 
@@ -498,7 +507,7 @@ def score_responses(reward, responses, examples):
     for i, response in enumerate(responses):
         try:
             value = float(reward(response, examples[i // G].reference))
-            if not math.isfinite(value):
+            if not isfinite(value):
                 raise ValueError(f"the reward is {value}")
             rewards[i] = value
         except (Exception, SystemExit) as error:  # one response must not end a run of hours
@@ -510,7 +519,7 @@ def score_responses(reward, responses, examples):
 
 
 def quietened(config):
-    """A copy without dropout or noise in training mode, for a model that returns logits and a cache only."""
+    """A copy of a model's config: no dropout or noise in train mode, no outputs but logits and the cache."""
     config = copy.copy(config)
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -524,7 +533,7 @@ def quietened(config):
 
 
 def closing_token(tokenizer):
-    """The id of the token with which the chat template closes an assistant's message, as a set, or none."""
+    """The set of ids, one or none as a rule, with which the chat template closes an assistant's message."""
     messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
     try:
         after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
@@ -534,9 +543,10 @@ def closing_token(tokenizer):
 
 
 def grouped_attention(module, query, key, value, mask, **kwargs):
-    """For one new token, the query heads that share a key-value head stand side by side as its queries.
+    """Attention that, for one new token, treats query heads that share a key-value head as so many queries.
 
-    transformers' own, which the prompts take, would copy the cache for each of them where there is padding.
+    The cache is then read as it is. transformers' own sdpa, used here for prompts and scoring, would copy it
+    once for each query head wherever there is padding.
     """
     B, H, T, D = query.shape
     if T > 1:
@@ -553,14 +563,15 @@ AttentionMaskInterface.register("grouped", sdpa_mask)
 def load_model(path, device, gradient_checkpointing=False):
     """A model fit for training, its tokenizer, and the ids of the tokens that end a response.
 
-    Raises UserError for what is no model, cannot be trained here, or could not be saved again afterwards.
+    Raises UserError for what is not a whole model, or samples otherwise than it scores. A generation config
+    that transformers would refuse to save is replaced. tokenizer.model_max_length is set to the context.
     """
     logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        wrapped = type(config) in AutoModelForImageTextToText._model_mapping.keys()
+        wrapped = type(config) in AutoModelForImageTextToText._model_mapping
         loader = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = loader.from_pretrained(
@@ -568,10 +579,9 @@ def load_model(path, device, gradient_checkpointing=False):
         if model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("grouped")
         rows = model.get_input_embeddings().num_embeddings
-        ends = np.ravel(model.generation_config.eos_token_id).tolist()  # one, several or none
-        ends = {*ends, tokenizer.eos_token_id} - {None}
-        missing = sorted(loaded["missing_keys"])[:3]
-        require(not missing, f"no weights in it for {', '.join(missing)}: not a whole language model")
+        ends = {*np.ravel(model.generation_config.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+        missing = sorted(loaded["missing_keys"])
+        require(not missing, f"no weights in it for {', '.join(missing[:3])}: not a whole language model")
         require(tokenizer("1", add_special_tokens=False).input_ids, "no tokenizer in it: save it there too")
         require(tokenizer.vocab_size <= rows,
                 f"tokenizer of {tokenizer.vocab_size}, model of {rows} tokens: save its own tokenizer there")
@@ -585,7 +595,7 @@ def load_model(path, device, gradient_checkpointing=False):
             model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        model.config_to_save = config
+        model.config_to_save = config  # with the dropout that it came with
         context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
@@ -608,7 +618,7 @@ def encode(prompt, tokenizer, config):
     asked, special = prompt + config.prompt_suffix, False
     if tokenizer.chat_template and not config.no_chat_template:
         messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": asked}]
-        messages = messages[not config.system_prompt:]  # no empty system message
+        messages = messages[0 if config.system_prompt else 1:]  # no empty system message
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         require(asked.strip() in text, "the chat template leaves the prompt out (--no-chat-template)")
     else:
@@ -661,7 +671,7 @@ def texts_of(rollout, tokenizer, examples):
 def rollout_metrics(rollout, rewards, confidence, beta):
     """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
 
-    The agreement is that of the less probable responses, whatever the sign of beta.
+    preference/agreement, in [-1, 1]: do the less probable responses (whatever beta's sign) earn the reward?
     """
     def mean(x):
         return x.float().mean().item() if x.numel() else None
@@ -681,11 +691,9 @@ def rollout_metrics(rollout, rewards, confidence, beta):
 
 def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
-    if not examples:
-        return {}
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
 
-    def respond(k, temperature):  # the responses, rewards (examples, k)
+    def respond(k, temperature):  # -> responses, rewards (examples, k); as many rows at once as in training
         responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
         for start in tqdm(range(0, len(examples), size), f"evaluating, {k} each", leave=False):
             batch = examples[start:start + size]
@@ -709,41 +717,40 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
 # --------------------------------------------------------------------------------------------------- Training
 
 def batch_indices(total, step, count, seed):
-    """The indices of a step's examples: each once an epoch, each epoch in an order of its own."""
+    """The indices (count,) of step 1, 2, ...: each example once per epoch, in an order from (seed, epoch)."""
     return [int(np.random.default_rng([seed, place // total]).permutation(total)[place % total])
             for place in range((step - 1) * count, step * count)]
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path):
     """Turns what a full disk or a folder without permission raises into a UserError that names the path."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield
+        yield path
     except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
         raise UserError(f"{path} cannot be written: {error}; make room, or use an --output-dir no run is in")
 
 
 def claim(out):
     """Keeps other runs out of the folder while the lock is referred to. Raises UserError if one is in it."""
-    with writing(out / ".lock"):
-        lock = FileLock(out / ".lock", is_singleton=True)
-        lock.acquire(timeout=0)
-        return lock
+    with writing(out / ".lock") as path:
+        return FileLock(path, timeout=0, is_singleton=True).acquire()
 
 
 def append(path, rows):
+    """Adds the rows to a JSON Lines file. Raises UserError if it cannot be written."""
     # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
     with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-STOPPING, FORMER_HANDLERS = (signal.SIGINT, signal.SIGTERM), {}
+STOPPING, FORMER_HANDLERS = (signal.SIGINT, signal.SIGTERM), {}  # the handlers that caught_signals replaced
 
 
-@contextlib.contextmanager
+@contextmanager
 def caught_signals():
-    """The list to which Ctrl-C and SIGTERM are added, for the step to be finished; a second stops at once."""
+    """Yields a list that collects Ctrl-C and SIGTERM, so that the step can finish; a second stops at once."""
     caught = []
 
     def handler(number, frame):
@@ -752,7 +759,7 @@ def caught_signals():
         caught.append(number)
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
-    with contextlib.suppress(ValueError):  # only the main thread may set a handler
+    with suppress(ValueError):  # only the main thread may set a handler
         FORMER_HANDLERS.update({number: signal.signal(number, handler) for number in STOPPING})
     try:
         yield caught
@@ -765,7 +772,8 @@ def restore_handlers():
         signal.signal(*FORMER_HANDLERS.popitem())
 
 
-if hasattr(os, "register_at_fork"):  # a process that a reward forks has the former handlers from the start
+# A process that a reward forks gets the former handlers back; signals wait until it has them. Not on Windows.
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
         after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING),
@@ -773,11 +781,11 @@ if hasattr(os, "register_at_fork"):  # a process that a reward forks has the for
 
 
 def save_checkpoint(out, step, policy, optimizer, settings):
+    """Writes all that --resume needs, with the sizes of the logs at this step. Raises UserError."""
     sizes = {log: (out / log).stat().st_size for log in ("metrics.jsonl", "samples.jsonl")}
     state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
              "settings": settings, "log_sizes": sizes}
-    path = out / "checkpoint/state.pt"
-    with writing(path):  # then renamed: at every moment the file is whole, old or new
+    with writing(out / "checkpoint/state.pt") as path:  # then renamed: never half a file
         torch.save(state, part := path.with_suffix(".tmp"))
         part.replace(path)
 
@@ -852,7 +860,7 @@ def train(config):
                 bar.update()
                 if metrics["length/truncated_frac"] > 0.5:
                     LOGGER.warning_once("\nover half of the responses were cut: raise --max-new-tokens?")
-            if step % config.eval_every == 0 or step == config.steps:
+            if held_out and (step % config.eval_every == 0 or step == config.steps):
                 evaluated = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
                 metrics |= evaluated
             append(out / "metrics.jsonl", [metrics])
@@ -863,9 +871,9 @@ def train(config):
                 raise KeyboardInterrupt
 
     policy.config = policy.config_to_save
-    with writing(out / "model"):
-        policy.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+    with writing(out / "model") as path:
+        policy.save_pretrained(path)
+        tokenizer.save_pretrained(path)
     print(f"model: {out / 'model'}\nlogs: {out / 'metrics.jsonl'}, {out / 'samples.jsonl'}")
     return evaluated
 
@@ -874,31 +882,32 @@ def command_line():
     """The parser of Config's flags, whose groups and help are the comments there."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        usage="python icpo.py [--flag value ...], where --help lists the flags")
+        usage="python icpo.py [--flag value ...], where --help lists the flags",
+        argument_default=argparse.SUPPRESS)  # what is not given is left to Config
     for line in inspect.getsource(Config).splitlines():
         if title := re.match("    # (.*)", line):
             group = parser.add_argument_group(title[1])
         elif field := re.match(r"    (\w+): .*  # (.*)", line):
             name, comment = field.groups()
-            default, choices = getattr(Config, name), get_args(Config.__annotations__[name])
-            kind = {"type": type(default), "choices": choices or None}
+            default = getattr(Config, name)
+            kind = {"type": type(default), "choices": get_args(Config.__annotations__[name]) or None}
             if default is False:
                 kind = {"action": "store_true"}
             elif default != "":
                 comment += f" (default: {default})"
-            group.add_argument(f"--{name.replace('_', '-')}", default=default, help=comment, **kind)
+            group.add_argument(f"--{name.replace('_', '-')}", help=comment, **kind)
     return parser
 
 
 def main(arguments=None):
-    parser = command_line()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model writes
-    if not parser.parse_args(arguments).model:  # parsed once more below, with the task's defaults
+    given = vars(command_line().parse_args(arguments))
+    if not given.get("model"):
         from examples.addition import DEFAULTS
-        parser.set_defaults(**DEFAULTS)
+        given = DEFAULTS | given
         torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     try:
-        train(Config(**vars(parser.parse_args(arguments))))
+        train(Config(**given))
         return 0
     except KeyboardInterrupt:
         tqdm.write("\nicpo.py: stopped; --resume continues from a checkpoint, if any", file=sys.stderr)

@@ -39,11 +39,13 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
     first = rows_of(RESULTS / "first_run.jsonl")
     ends = ", ".join(f"{row['eval/accuracy']:.3f}" for row in first if row["step"] == 60)
     assert f"seeds 0 to 3: {ends} " in README
-    times = rows_of(RESULTS / "times_tables/metrics.jsonl")
+    times, grpo = (rows_of(RESULTS / f"times_tables/{name}/metrics.jsonl") for name in ("icpo", "grpo"))
     for before, *_, after in ([row for row in first if row["seed"] == 0], times):
         for row in (before, after):
             values = [f"{name} {row[f'eval/{name}']:.3f}" for name in ("accuracy", "mean_at_k", "pass_at_k")]
             assert ", ".join(values) in README.replace("\n", " ")
+    ends = [f"{grpo[-1][f'eval/{name}']:.3f}" for name in ("accuracy", "mean_at_k", "pass_at_k")]
+    assert f"ends at {', '.join(ends)}, " in README.replace("\n", " ")
     cpu = [{name: row["cpu"] for name, row in setting.items()}
            for setting in json.loads((RESULTS / "benchmark.json").read_text()).values()]
     for base in ("bare", "trl best"):
