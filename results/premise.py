@@ -3,10 +3,10 @@
     python results/premise.py          print the table of the log
     python results/premise.py --run    the same, after measuring what the log lacks
 
-What `preference/agreement` shows in the first steps of a run, by task and temperature: 8 steps of 8 prompts
-and 8 responses to each, at a learning rate at which no weight moves; about 20 minutes on two cores. A line of
-the table is one of premise.jsonl, and is not measured again. real_model.py says where the weights come from;
---model takes a folder or hub name.
+What `preference/agreement` would show in the first steps of a run, by task and temperature: 8 steps of 8
+prompts and 8 responses to each, with no update; some ten minutes on two cores. A line of the table is one of
+premise.jsonl, and is not measured again. real_model.py says where the weights come from; --model takes a
+folder or hub name.
 """
 
 import json
@@ -17,8 +17,12 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
-import real_model
+import torch
+
+import real_model  # which puts icpo.py in the path
+import icpo
 import study
+from verify import verify
 
 CAPITALS = dict(pair.split(": ") for pair in (
     "Afghanistan: Kabul, Albania: Tirana, Algeria: Algiers, Angola: Luanda, Argentina: Buenos Aires, "
@@ -40,7 +44,8 @@ TASKS = {
     "differences": [(f"What is {a} - {b}?", a - b) for a in range(2, 21) for b in range(1, a)],
     "capitals": [(f"What is the capital of {country}?", city) for country, city in CAPITALS.items()],
 }
-SETTINGS = real_model.STEP | dict(steps=8, lr=1e-30, alpha=0.0)
+SETTINGS = dict(prompts_per_step=8, group_size=8, max_new_tokens=24, beta=10.0)
+STEPS = 8
 COLUMNS = {
     "agreement": "preference/agreement", "accuracy": "reward/verified",
     "groups all alike": "groups/uniform_frac", "truncated": "length/truncated_frac", "entropy": "entropy"}
@@ -54,17 +59,27 @@ def names_capital(response: str, reference: str) -> float:
 
 
 def measure(job: dict) -> dict:
-    """The job with what each step shows."""
-    questions = random.Random(0).sample(TASKS[job["task"]], 64)
-    with tempfile.TemporaryDirectory(dir=study.RUNS) as folder:
+    """The job with what each step would show."""
+    torch.set_num_threads(1)
+    config = icpo.Config(temperature=job["temperature"], **job["settings"])
+    policy, tokenizer, eos_ids = icpo.load_model(real_model.located(job["model"]), "cpu")
+    P, G = config.prompts_per_step, config.group_size
+    questions = random.Random(0).sample(TASKS[job["task"]], STEPS * P)
+    with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data.jsonl"
         data.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
                                 for prompt, answer in questions))
-        rows = study.train(
-            model=real_model.located(job["model"]), train_data=str(data), temperature=job["temperature"],
-            reward="premise:names_capital" if job["task"] == "capitals" else "verify:verify", device="cpu",
-            **job["settings"])
-    return job | {name: [round(row[name], 3) for row in rows[1:]] for name in COLUMNS.values()}
+        examples = icpo.load_examples(data, tokenizer, config)
+    torch.manual_seed(0)
+    reward, rows = names_capital if job["task"] == "capitals" else verify, []
+    for step in range(STEPS):
+        batch = examples[step * P:(step + 1) * P]
+        prompts = [example.ids for example in batch]
+        rollout = icpo.sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
+        rewards, _ = icpo.score_responses(reward, icpo.texts_of(rollout, tokenizer, batch), batch)
+        confidence = icpo.sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G)
+        rows.append(icpo.rollout_metrics(rollout, rewards, confidence, config.beta))
+    return job | {name: [round(row[name], 3) for row in rows] for name in COLUMNS.values()}
 
 
 def plan(model: str) -> list[dict]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import random
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import premise
 import real_model
 import study
 from test_icpo import rows_of, tiny
+from verify import verify
 
 assert tiny  # a fixture: a saved model with a chat template
 README, TABLES = ((folder / "README.md").read_text() for folder in (RESULTS.parent, RESULTS))
@@ -38,7 +40,7 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
         assert quoted.replace("−", "-") in TABLES, quoted
     first = rows_of(RESULTS / "first_run.jsonl")
     ends = ", ".join(f"{row['eval/accuracy']:.3f}" for row in first if row["step"] == 60)
-    assert f"seeds 0 to 3: {ends} " in README
+    assert f"ends at {ends} with seeds 0 to 3 " in README.replace("\n", " ")
     times, grpo = (rows_of(RESULTS / f"times_tables/{name}/metrics.jsonl") for name in ("icpo", "grpo"))
     for before, *_, after in ([row for row in first if row["seed"] == 0], times):
         for row in (before, after):
@@ -116,14 +118,15 @@ class OneProcess:
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """The grid and the meter made small, with logs of their own."""
-    step = dict(steps=2, prompts_per_step=2, group_size=4, max_new_tokens=4)
+    step = dict(prompts_per_step=2, group_size=4, max_new_tokens=4)
     evaluation = dict(eval_every=2, eval_rows=2, eval_samples=2)
     context = type("Context", (), {"Pool": OneProcess})
     monkeypatch.setattr(study.multiprocessing, "get_context", lambda method: context)
     monkeypatch.setattr(study, "RUNS", tmp_path)
     monkeypatch.setattr(real_model, "RESULTS", tmp_path)
-    monkeypatch.setattr(real_model, "SETTINGS", real_model.SETTINGS | step | evaluation)
+    monkeypatch.setattr(real_model, "SETTINGS", real_model.SETTINGS | step | evaluation | {"steps": 2})
     monkeypatch.setattr(premise, "SETTINGS", premise.SETTINGS | step)
+    monkeypatch.setattr(premise, "STEPS", 2)
     return tmp_path
 
 
@@ -147,9 +150,11 @@ def test_real_model_runs_what_is_missing_and_no_more(small, tiny, capsys):
     # Paired: what the first step samples is the same for every method
     assert len({row["entropy"][0] for row in rows if row["seed"] == 0}) == 1
     assert "| area, clean | " in shown and "| entropy, 20% flipped | " in shown
-    opposite = rows_of(small / "real_opposite.jsonl")
-    assert [(row["method"], row["noise"]) for row in opposite] == [
-        ("GRPO", 0.0), ("opposite", 0.0), ("GRPO", 0.2), ("opposite", 0.2)] * 2
+    today = rows_of(small / "real_opposite.jsonl")
+    assert [(row["noise"], row["seed"], row["method"]) for row in today] == [
+        (noise, seed, method)
+        for noise in (0.0, 0.2) for seed in (0, 1) for method in ("GRPO", "ICPO", "opposite")]
+    assert "| SmolLM2, today's verifier | GRPO | ICPO | opposite |" in shown
 
 
 def test_study_runs_what_is_missing_and_no_more(small, monkeypatch, capsys):
@@ -210,11 +215,18 @@ def test_premise_measures_what_is_missing_and_no_more(small, tiny, capsys):
     assert len(rows) == 11 and "| capitals | 0.5 | 4 |" in shown and "| products | 1.0 | 96 |" in shown
 
 
-def test_the_premise_is_that_of_the_untrained_model(small, tiny):
-    settings = premise.SETTINGS | dict(steps=6)
-    job = dict(model=str(tiny), task="products", temperature=1.0, settings=settings)
-    smaller = job | dict(settings=settings | dict(lr=1e-37))
-    assert premise.measure(job)["entropy"] == premise.measure(smaller)["entropy"]
+def test_the_premise_is_what_the_first_step_of_a_run_shows(small, tiny, tmp_path):
+    job = dict(model=str(tiny), task="products", temperature=0.7, settings=premise.SETTINGS)
+    row, config = premise.measure(job), icpo.Config(temperature=0.7, **premise.SETTINGS)
+    policy, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
+    questions = random.Random(0).sample([(a, b) for a in range(2, 13) for b in range(2, 13)], 4)
+    examples = [icpo.Example("", a * b, icpo.encode(f"What is {a} * {b}?", tokenizer, config)[0])
+                for a, b in questions[:2]]
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    metrics, _ = icpo.train_step(policy, tokenizer, eos_ids, optimizer, examples, verify, config)
+    assert len(row["entropy"]) == 2
+    assert all(row[name][0] == round(metrics[name], 3) for name in premise.COLUMNS.values())
 
 
 def test_adaptive_by_hand():
