@@ -264,6 +264,9 @@ def table(results: dict) -> str:
     for name, result in results.items():
         fields = []
         for contestant in contestants:
+            if contestant not in result:  # it took no part the last time
+                fields.append("")
+                continue
             row, bare = result[contestant], result["bare"]
             time = "wall" if "device" in row else "cpu"
             taken = f"{row[time]:.2f} s" if contestant == "bare" else f"× {row[time] / bare[time]:.2f}"
