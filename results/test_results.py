@@ -50,8 +50,8 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
     assert f"ends at {', '.join(ends)}, " in README.replace("\n", " ")
     cpu = [{name: row["cpu"] for name, row in setting.items()}
            for setting in json.loads((RESULTS / "benchmark.json").read_text()).values()]
-    for base in ("bare", "trl best"):
-        ratios = [row["icpo"] / row[base] for row in cpu]
+    for base in (["bare"], ["trl", "trl best"]):
+        ratios = [row["icpo"] / min(row[name] for name in base) for row in cpu]
         assert f"{min(ratios):.2f} to {max(ratios):.2f} of " in README, ratios
 
 
