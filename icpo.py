@@ -240,9 +240,10 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     model.eval()
     device, B, T = model.device, len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
-    prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, batch_first=True, padding_side="left")
+    filler = prompts[0][0]  # some token in use: a pad token's zeros have NaN for a gradient in Gemma3n
+    prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
-    ids, lengths = prompt_ids.new_zeros(B, T), torch.zeros_like(prompt_lengths)
+    ids, lengths = prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths)
     unfinished = torch.ones_like(lengths, dtype=torch.bool)
     log_probs, entropies = torch.zeros(2, B, T, device=device)
     # The loop fills these tensors in place. `unfinished` is rollout.truncated: True for what is left.
