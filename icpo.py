@@ -325,6 +325,7 @@ def require(holds, message):
 
 
 UNEQUAL = "sampled (with a cache) and scored log-probs differ by {:.2g} nats a token: use another model"
+LOGGER = logging.get_logger("icpo")
 
 
 @torch.enable_grad()  # the user's reward function may have switched gradients off
@@ -372,6 +373,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
             optimizer.step()
         else:
             skipped += 1
+            LOGGER.warning_once("\nan update was skipped: its loss or gradient was not finite")
     return {"loss": float(sums["loss"]), "grad_norm": norm, "update/skipped": skipped,
             "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
             "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
@@ -411,9 +413,6 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 
 
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
-
-LOGGER = logging.get_logger("icpo")
-
 
 @dataclass
 class Config:
