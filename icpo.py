@@ -179,7 +179,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 @dataclass
 class Rollout:
-    """B responses with their prompts. As sampled, row b answers prompt b // G; `select` reorders the rows."""
+    """B responses with their prompts, at first B = P * G in order. Masks come from lengths, not token ids."""
 
     prompts: Tensor         # (B, N) token ids, padded on the left
     prompt_lengths: Tensor  # (B,)

@@ -222,6 +222,19 @@ def test_loss_and_stats_equal_loop_over_tokens(aggregation, dtype):
     assert policy_loss(log_probs, old, A, nothing, aggregation=aggregation)[0] == 0
 
 
+def test_kl_estimator_is_unbiased_and_points_from_policy_to_reference():
+    """Its mean under pi, enumerated over a vocabulary, is KL(pi || pi_ref), not KL(pi_ref || pi)."""
+    pi = torch.tensor([0.7, 0.2, 0.06, 0.04], dtype=torch.float64).log().view(4, 1, 1)
+    ref = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64).log().view(4, 1, 1)
+    zero, one = torch.zeros(1), torch.ones(1, 1)
+    true = sum(p.exp() * (p - q) for p, q in zip(pi, ref)).item()
+    terms = [policy_loss(p, p, zero, one, ref_log_probs=q, kl_coef=1.0)[0] for p, q in zip(pi, ref)]
+    assert sum(p.exp() * loss for p, loss in zip(pi, terms)).item() == pytest.approx(true)
+    # kl_old: tokens were drawn from the old policy, so the mean under it is KL(pi_old || pi).
+    terms = [policy_loss(q, p, zero, one)[1]["kl_old"] for p, q in zip(pi, ref)]
+    assert sum(p.exp() * kl for p, kl in zip(pi, terms)).item() == pytest.approx(true)
+
+
 # --------------------------------------------------------------------------------------- Sampling and scoring
 
 DEVICE = os.environ.get("ICPO_TEST_DEVICE", "cpu")  # of the sampler, the scorer and the update
@@ -326,6 +339,7 @@ def test_a_row_is_what_it_would_be_alone(model, temperature):
         assert not any(ends[:-1]) and (ends[-1] or n == 8) and rollout.truncated[b].item() != ends[-1]
         assert rollout.prompts[b, -rollout.prompt_lengths[b]:].tolist() == prompt
         assert rollout.mask[b].tolist() == [t < n for t in range(width)]
+        assert rollout.ids[b, n:].eq(PROMPTS[0][0]).all()  # the padding is a token in use
         assert all(x[b, n:].eq(0).all() for x in (rollout.log_probs, scored, rollout.entropies))
     assert rollout.truncated.any() and not rollout.truncated.all() and len(set(lengths)) > 2
     row = rollout.select(on([5]))
@@ -357,6 +371,8 @@ ARCHITECTURES = {  # special in cache, head or body; with images, dropout, noise
     "Qwen3_5ForCausalLM": transformers.Qwen3_5TextConfig(
         **TEXT | dict(num_hidden_layers=4), head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
         linear_key_head_dim=8, linear_value_head_dim=8),
+    "FalconForCausalLM": transformers.FalconConfig(
+        **TEXT, attention_dropout=0.1, hidden_dropout=0.1, alibi=False),
     "MptForCausalLM": transformers.MptConfig(
         vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, resid_pdrop=0.1, emb_pdrop=0.1),
     "Qwen2ForCausalLM": Qwen2Config(**TEXT, output_hidden_states=True, return_dict=False)}
@@ -890,7 +906,8 @@ def test_what_a_run_shows_fits_80_columns_of_ascii_and_tells_what_it_does(task, 
     ("--train-data ~/absent", "No such file or directory: '/proc/absent'"),
     ("--eval-data ~/absent", "No such file or directory: '/proc/absent'"),
     ("--model models/typo", "no such folder; We couldn"), ("--model a/b/c", "a/b/c: no such folder"),
-    ("--model ~/absent", "/proc/absent: no such folder"), ("--model data.jsonl", "no LoRA adapter, no file"),
+    ("--model ~/absent", "/proc/absent: no such folder"), ("--model ./absent", "./absent: no such folder"),
+    ("--model data.jsonl", "no LoRA adapter, no file"),
     pytest.param("--device cuda", "sees no CUDA GPU", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is one"))])
 def test_bad_flags_get_one_line_and_write_nothing(tiny, tmp_path, monkeypatch, capfd, flags, message):
@@ -908,6 +925,7 @@ GOOD = '{"prompt": "1+1=", "answer": "2"}'
 @pytest.mark.parametrize("name, text, message", [
     ("data.jsonl", f"{GOOD}\n\n{{oops\n", "data.jsonl, line 3: JSONDecodeError"),
     ("data.jsonl", f'{GOOD}\r\n{{"prompt": "1", "reply": "1"}}', "line 2: KeyError('answer') in"),
+    ("data.jsonl", "prompt,answer\n1+1=,2\n", "data.jsonl, line 1: JSONDecodeError"),
     ("data.jsonl", "oops", "in b'oops'; give JSON Lines in UTF-8, in each 'prompt' and 'answer'"),
     ("data.jsonl", f"[{GOOD}]", "line 1: TypeError"), ("data.jsonl", "null", "line 1: TypeError"),
     ("data.jsonl", '{"prompt": 1, "answer": 1}', "no string for a prompt, or no answer"),
@@ -919,6 +937,8 @@ GOOD = '{"prompt": "1+1=", "answer": "2"}'
     ("model/chat_template.jinja", "no prompt", "the chat template leaves the prompt out"),
     ("model/chat_template.jinja", "{{ raise_exception('No system role') }}", "No system role"),
     ("model/chat_template.jinja", "{% if %}", "TemplateSyntaxError"),
+    *(("model/chat_template.jinja", template, "chat template take") for template in (
+        "{{ none + 1 }}", "{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ messages.no() }}")),
     ("model/config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
     ("model/config.json", "{}", "Unrecognized model"), ("model/config.json", None, "no LoRA adapter"),
     ("model/config.json", "{", "--model model: "), ("model/model.safetensors", "{", "--model model: "),
@@ -944,9 +964,11 @@ SOME = FEW | dict(num_attention_heads=4, intermediate_size=48, eos_token_id=257)
 
 @pytest.mark.parametrize("kind, config, message", [
     ("Qwen2Model", Qwen2Config(**SOME), "no weights in it for lm_head"),
+    ("Qwen2ForSequenceClassification", Qwen2Config(**SOME), "no weights in it for lm_head"),
     ("Qwen2ForCausalLM", Qwen2Config(**SOME | {"vocab_size": 250}), "tokenizer of 258, model of 250 tokens"),
     ("Qwen2ForCausalLM", Qwen2Config(**SOME | {"eos_token_id": None}), "no eos token"),
     ("MambaForCausalLM", transformers.MambaConfig(**FEW), "nats a token"),  # states in place of a cache
+    ("RwkvForCausalLM", transformers.RwkvConfig(**FEW, attention_hidden_size=32), "nats a token"),
     ("BertForMaskedLM", transformers.BertConfig(**SOME), "nats a token"),  # looks ahead
     ("OpenAIGPTLMHeadModel", transformers.OpenAIGPTConfig(vocab_size=258, n_embd=36), "--model")])  # no cache
 def test_models_that_cannot_be_trained_get_one_line_and_write_nothing(tmp_path, capfd, kind, config, message):

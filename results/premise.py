@@ -9,13 +9,10 @@ premise.jsonl, and is not measured again. real_model.py says where the weights c
 folder or hub name.
 """
 
-import json
 import random
 import re
 import sys
-import tempfile
 import unicodedata
-from pathlib import Path
 
 import torch
 
@@ -44,7 +41,7 @@ TASKS = {
     "differences": [(f"What is {a} - {b}?", a - b) for a in range(2, 21) for b in range(1, a)],
     "capitals": [(f"What is the capital of {country}?", city) for country, city in CAPITALS.items()],
 }
-SETTINGS = dict(prompts_per_step=8, group_size=8, max_new_tokens=24, beta=10.0)
+SETTINGS = {name: value for name, value in real_model.STEP.items() if name != "micro_batch"}  # no update
 STEPS = 8
 COLUMNS = {
     "agreement": "preference/agreement", "accuracy": "reward/verified",
@@ -65,11 +62,8 @@ def measure(job: dict) -> dict:
     policy, tokenizer, eos_ids = icpo.load_model(real_model.located(job["model"]), "cpu")
     P, G = config.prompts_per_step, config.group_size
     questions = random.Random(0).sample(TASKS[job["task"]], STEPS * P)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data.jsonl"
-        data.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
-                                for prompt, answer in questions))
-        examples = icpo.load_examples(data, tokenizer, config)
+    examples = [icpo.Example(prompt, answer, *icpo.encode(prompt, tokenizer, config))
+                for prompt, answer in questions]
     torch.manual_seed(0)
     reward, rows = names_capital if job["task"] == "capitals" else verify, []
     for step in range(STEPS):

@@ -38,9 +38,9 @@ METHODS = {
     "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
 }
 TODAY = {  # rewarded by today's verifier, METHODS by an earlier one: see README.md
-    "GRPO": dict(alpha=0.0),
-    "ICPO": dict(alpha=0.1),
-    "opposite": dict(alpha=0.1, beta=-10.0),
+    "GRPO": METHODS["GRPO"],
+    "ICPO": METHODS["ICPO"],
+    "opposite": study.OPPOSITE["opposite"],
 }
 NOISES = (0.0, 0.2)
 CURVES = (  # what the log keeps of each step
