@@ -149,7 +149,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> a scalar, and
     a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_old (of KL(pi_old || pi)) and
     kl_ref. aggregation: "token" weights all tokens equally, "sequence" all responses; else ValueError.
-    normalizer: the number of those in the whole optimizer batch; None counts those of this call.
+    normalizer: the number of tokens or responses in the whole optimizer batch; None counts this call's.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -293,7 +293,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
 def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
-    Only response positions get logits. Above max_logits numbers (but at least a column of B * V), the float32
+    Only response positions get logits. Above max_logits elements (a chunk is at least B * V), the float32
     copies are made chunk by chunk, and again in the backward pass: then all that grows with B * T * V is the
     model's own logits, in bf16 on a GPU, and their gradient.
     """
