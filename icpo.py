@@ -65,8 +65,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from verify import extract_answer
-
 # ------------------------------------------------------------------------------------------------- The method
 
 def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -245,7 +243,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
     ids, lengths = prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths)
     unfinished = torch.ones_like(lengths, dtype=torch.bool)
-    log_probs, entropies = torch.zeros(2, B, T, device=device)
+    log_probs, entropies = torch.zeros(2, B, T, dtype=torch.float32, device=device)
     # The loop fills these tensors in place. `unfinished` is rollout.truncated: True for what is left.
     rollout = Rollout(prompt_ids, prompt_lengths, ids, lengths, unfinished, log_probs, entropies)
     positions = rollout.positions
@@ -345,7 +343,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     policy.train(policy.is_gradient_checkpointing)  # which only acts in train mode; dropout was set to 0
     skipped = 0
     for epoch in range(config.inner_epochs):
-        optimizer.zero_grad()
+        policy.zero_grad()  # of what the optimizer may lack, too: its norm counts
         sums = Counter()
         for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5)):
             batch = rollout.select(chunk)
@@ -365,8 +363,9 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
                 sums[name] += value
         # A Counter reads as 0 where a key is missing: kl_ref without a reference, or everything without rows.
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
-        # AdamW has no state before its first step (plain SGD never has). Limits: bf16 on a GPU, else float32.
-        require(optimizer.state or means["difference"] <= (0.1 if rollout.ids.is_cuda else 0.01),
+        in_bf16 = rollout.ids.is_cuda or policy.dtype == torch.bfloat16
+        # AdamW has no state before its first step (plain SGD never has).
+        require(optimizer.state or means["difference"] <= (0.1 if in_bf16 else 0.01),
                 f"--model: {UNEQUAL.format(means['difference'])}")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if isfinite(sums["loss"] + norm):
@@ -397,6 +396,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
             f"--reward {config.reward}: all {P * G} calls of the first step failed: {errors[:1]}")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
+    require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
     # 4. and 5. Preference advantage, joined with the reward. icpo_advantage does both.
     advantages = icpo_advantage(rewards, confidence, config.alpha, config.beta, config.keep_uniform_groups)
     scored = perf_counter()
@@ -503,18 +503,20 @@ def load_reward(spec):
 def score_responses(reward, responses, examples):
     """Rewards (P, G) float32 of G responses to each example; the errors of failed calls, which score 0."""
     G, process = len(responses) // len(examples), os.getpid()
-    rewards, errors = torch.zeros(len(responses)), []
+    rewards, errors = torch.zeros(len(responses), dtype=torch.float32), []
     for i, response in enumerate(responses):
         try:
             value = float(reward(response, examples[i // G].reference))
             if not isfinite(value):
                 raise ValueError(f"the reward is {value}")
             rewards[i] = value
-        except (Exception, SystemExit) as error:  # one response must not end a run of hours
-            if os.getpid() != process:  # a process that the reward forked is to end, not to train on
+        except BaseException as error:  # one response must not end a run of hours
+            # A process that the reward forked is to end, not to train on.
+            if isinstance(error, KeyboardInterrupt) or os.getpid() != process:
                 raise
             errors.append(repr(error))
-            LOGGER.warning_once("\na reward failed: it is 0, and counted in reward/errors", exc_info=True)
+            LOGGER.warning_once("\na reward failed: it is 0; reward/errors and eval/errors count them",
+                                exc_info=True)
     return rewards.view(-1, G), errors
 
 
@@ -524,8 +526,8 @@ def quietened(config):
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             setattr(config, name, quietened(value))
-        elif isinstance(value, float) and re.search("drop|jitter", name):
-            setattr(config, name, 0.0)
+        elif isinstance(value, float) and re.search("drop|jitter", name) and config.model_type != "phimoe":
+            setattr(config, name, 0.0)  # PhiMoE's jitter is a threshold, in eval mode too
         elif re.search("output_(router_logits|hidden_states|attentions)", name):
             setattr(config, name, False)
     config.return_dict = True
@@ -542,7 +544,7 @@ def closing_token(tokenizer):
     return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
 
 
-def grouped_attention(module, query, key, value, mask, **kwargs):
+def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """Attention that, for one new token, treats query heads that share a key-value head as so many queries.
 
     The cache is then read as it is. transformers' own sdpa, used here for prompts and scoring, would copy it
@@ -550,9 +552,9 @@ def grouped_attention(module, query, key, value, mask, **kwargs):
     """
     B, H, T, D = query.shape
     if T > 1:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(B, key.shape[1], -1, D)
-    out = scaled_dot_product_attention(grouped, key, value, mask, scale=kwargs.get("scaling"))
+    out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
     return out.reshape(B, 1, H, -1), None
 
 
@@ -576,8 +578,9 @@ def load_model(path, device, gradient_checkpointing=False):
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = loader.from_pretrained(
             path, config=quietened(config), dtype=torch.float32, output_loading_info=True)
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("grouped")
+        if model.config._attn_implementation == "sdpa":  # which leaves out the soft cap of Gemma 2
+            capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+            model.set_attn_implementation("eager" if capped else "grouped")
         rows = model.get_input_embeddings().num_embeddings
         ends = {*np.ravel(model.generation_config.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
         missing = sorted(loaded["missing_keys"])
@@ -608,7 +611,7 @@ def load_model(path, device, gradient_checkpointing=False):
 
 class Example(NamedTuple):
     prompt: str        # as it stands in the file
-    reference: object  # what the reward function compares with: as in the file; of a solution, its answer
+    reference: object  # what the reward function compares with, as it stands in the file
     ids: list[int]     # the whole prompt in tokens: system prompt, chat template and suffix included
     opening: str = ""  # the <think> that ends the prompt, where it does: the response begins with it
 
@@ -620,7 +623,8 @@ def encode(prompt, tokenizer, config):
         messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": asked}]
         messages = messages[0 if config.system_prompt else 1:]  # no empty system message
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        require(asked.strip() in text, "the chat template leaves the prompt out (--no-chat-template)")
+        require(all(message["content"].strip() in text for message in messages),
+                "the chat template leaves out the prompt, or --system-prompt (--no-chat-template)")
     else:
         text = config.system_prompt + asked
         special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
@@ -631,9 +635,9 @@ def encode(prompt, tokenizer, config):
 
 
 def load_examples(path, tokenizer, config, context=None):
-    """Examples from JSON Lines; cuts a reference to the answer it marks, like GSM8K's "#### 18".
+    """Examples from JSON Lines. Raises UserError.
 
-    context: tokens of a prompt and its response together, by default the model's. Raises UserError.
+    context: tokens of a prompt and its response together, by default the model's.
     """
     examples, path = [], Path(path)
     context = context or tokenizer.model_max_length
@@ -651,8 +655,7 @@ def load_examples(path, tokenizer, config, context=None):
                 f"{config.prompt_key!r} and {config.answer_key!r} (--prompt-key, --answer-key), and prompts "
                 f"that tokenizer and chat template take")
         if 0 < len(ids) <= longest:
-            marked = isinstance(answer, str) and extract_answer(answer, strict=True)
-            examples.append(Example(prompt, marked or answer, ids, opening))
+            examples.append(Example(prompt, answer, ids, opening))
     if skipped := len(lines) - len(examples):
         print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
     require(examples, f"{path}: no usable row of {len(lines)}: context {context} less --max-new-tokens, "
@@ -693,33 +696,36 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
 
-    def respond(k, temperature):  # -> responses, rewards (examples, k); as many rows at once as in training
+    def respond(k, temperature):  # responses, rewards (examples, k), errors; as many rows as in training
         responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
         for start in tqdm(range(0, len(examples), size), f"evaluating, {k} each", leave=False):
             batch = examples[start:start + size]
             prompts = [example.ids for example in batch]
             rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
             responses += texts_of(rollout, tokenizer, batch)
-        return responses, score_responses(reward, responses, examples)[0]
+        return responses, *score_responses(reward, responses, examples)
 
-    greedy, rewards = respond(1, temperature=0)
+    greedy, rewards, errors = respond(1, temperature=0)
     worst = rewards.argmin()
     metrics = {"eval/accuracy": rewards.mean().item()}
     if config.eval_samples:
-        _, rewards = respond(config.eval_samples, config.temperature)
+        _, rewards, more_errors = respond(config.eval_samples, config.temperature)
+        errors = errors + more_errors
         metrics["eval/mean_at_k"] = rewards.mean().item()
         metrics["eval/pass_at_k"] = rewards.amax(dim=1).mean().item()
     values = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
     tqdm.write(f"{values}: {examples[worst].prompt[-20:]!r} -> {greedy[worst][-40:]!r}")
-    return metrics
+    return metrics | {"eval/errors": len(errors)}
 
 
 # --------------------------------------------------------------------------------------------------- Training
 
 def batch_indices(total, step, count, seed):
     """The indices (count,) of step 1, 2, ...: each example once per epoch, in an order from (seed, epoch)."""
-    return [int(np.random.default_rng([seed, place // total]).permutation(total)[place % total])
-            for place in range((step - 1) * count, step * count)]
+    places = range((step - 1) * count, step * count)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(total)
+              for epoch in {place // total for place in places}}
+    return [int(orders[place // total][place % total]) for place in places]
 
 
 @contextmanager
@@ -792,18 +798,21 @@ def save_checkpoint(out, step, policy, optimizer, settings):
 
 def load_checkpoint(out, policy, optimizer, settings):
     """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
+    free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
     try:
         state = torch.load(out / "checkpoint/state.pt", map_location="cpu", weights_only=True)
-        saved = state["settings"]
-    except Exception:  # whatever the reader of a damaged file raises
-        raise UserError(f"--resume: the checkpoint in {out} is damaged: begin anew in another --output-dir")
-    free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
-    changed = {name: was for name, was in saved.items() if was != settings.get(name) and name not in free}
+        changed = {name: was for name, was in state["settings"].items()
+                   if was != settings.get(name) and name not in free}
+        if not changed:
+            policy.load_state_dict(state["policy"])
+            optimizer.load_state_dict(state["optimizer"])
+    except Exception:  # whatever the reader of a damaged file raises, or of weights of another shape
+        raise UserError(f"--resume: the checkpoint in {out} is damaged, or --model is another by now: begin "
+                        f"anew in another --output-dir")
     require(not changed, f"--resume: the run began with another {changed}")
-    policy.load_state_dict(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
     for log, size in state["log_sizes"].items():
-        os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
+        # The steps after the checkpoint will be taken, and logged, again.
+        os.truncate(out / log, min(size, (out / log).stat().st_size))
     return state["step"]
 
 
@@ -826,7 +835,8 @@ def train(config):
     rows = policy.get_input_embeddings().num_embeddings
     require(max(max(example.ids) for example in examples + held_out) < rows,
             f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
-    settings["data (a checksum)"] = zlib.crc32(repr([examples, held_out]).encode())
+    # Without the token ids: some chat templates name the day.
+    settings["data (a checksum)"] = zlib.crc32(repr([row[:2] for row in examples + held_out]).encode())
     reward = load_reward(config.reward)
     lock = claim(out)
     print(f"{config.device}, {torch.get_num_threads()} threads, {policy.num_parameters() / 1e6:.1f}M "
@@ -900,7 +910,8 @@ def command_line():
 
 
 def main(arguments=None):
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model writes
+    with suppress(AttributeError):  # in a notebook; a terminal may lack what a model writes
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = vars(command_line().parse_args(arguments))
     if not given.get("model"):
         from examples.addition import DEFAULTS

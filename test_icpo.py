@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -351,7 +352,7 @@ VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_
 ARCHITECTURES = {  # special in cache, head or body; with images, dropout, noise, or more outputs
     "OPTForCausalLM": transformers.OPTConfig(**TEXT, ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5),
     "Gemma2ForCausalLM": transformers.Gemma2Config(
-        **TEXT, head_dim=8, final_logit_softcapping=1.5, sliding_window=4),
+        **TEXT, head_dim=8, final_logit_softcapping=1.5, attn_logit_softcapping=0.5, sliding_window=4),
     "Gemma3ForConditionalGeneration": transformers.Gemma3Config(
         text_config=TEXT | dict(head_dim=8, sliding_window=4, attention_dropout=0.4),
         vision_config=VISION, image_token_index=291, boi_token_index=292, eoi_token_index=293,
@@ -373,6 +374,8 @@ ARCHITECTURES = {  # special in cache, head or body; with images, dropout, noise
         linear_key_head_dim=8, linear_value_head_dim=8),
     "FalconForCausalLM": transformers.FalconConfig(
         **TEXT, attention_dropout=0.1, hidden_dropout=0.1, alibi=False),
+    "AfmoeForCausalLM": transformers.AfmoeConfig(  # names the mask in the call of its attention
+        **TEXT, head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
     "MptForCausalLM": transformers.MptConfig(
         vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, resid_pdrop=0.1, emb_pdrop=0.1),
     "Qwen2ForCausalLM": Qwen2Config(**TEXT, output_hidden_states=True, return_dict=False)}
@@ -380,13 +383,16 @@ ARCHITECTURES = {  # special in cache, head or body; with images, dropout, noise
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loaded_models_get_what_each_row_alone_gets_train_and_are_saved_as_they_were(tmp_path, name):
-    saved(tmp_path / "model", make=getattr(transformers, name), config=copy.deepcopy(ARCHITECTURES[name]))
+    kind = getattr(transformers, name)
+    saved(tmp_path / "model", make=kind, config=copy.deepcopy(ARCHITECTURES[name]))
+    plain = scaled(lambda: kind.from_pretrained(  # sdpa leaves out what some architectures have
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager", return_dict=True))
     model = scaled(lambda: icpo.load_model(str(tmp_path / "model"), DEVICE, gradient_checkpointing=True)[0])
     assert not torch.backends.cuda.cudnn_sdp_enabled() and model.is_gradient_checkpointing
     rollout = draw(model, group_size=3, eos_ids=range(0, 300, 7))
     assert len(set(rollout.lengths.tolist())) > 1
     for log_probs in (rollout.log_probs, token_log_probs(model, rollout, max_logits=1500)):
-        assert_close(log_probs[rollout.mask].double(), plain_log_probs(model, rollout), atol=5e-5, rtol=0)
+        assert_close(log_probs[rollout.mask].double(), plain_log_probs(plain, rollout), atol=5e-5, rtol=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     metrics = icpo.update(model, optimizer, rollout, on(torch.randn(9)), settings())
     assert metrics["sampling/logp_difference"] < 1e-4 and 0 < metrics["grad_norm"] < math.inf
@@ -395,6 +401,10 @@ def test_loaded_models_get_what_each_row_alone_gets_train_and_are_saved_as_they_
     first, again = (json.loads((tmp_path / f"{name}/config.json").read_text()) for name in ("model", "again"))
     changed = {key for key in first if first[key] != again.get(key)}
     assert changed <= {"dtype", "text_config", "vision_config"}, changed
+
+
+def test_phimoe_keeps_its_jitter_which_is_a_threshold_in_eval_mode():
+    assert icpo.quietened(transformers.PhimoeConfig(**TEXT)).router_jitter_noise == 0.01
 
 
 def test_greedy_equals_generate(model):
@@ -551,13 +561,19 @@ def test_uniform_batches_and_broken_gradients_make_no_step(caplog):
     icpo.update(model, optimizer, rollout, on(torch.randn(12)), settings(max_grad_norm=0.01))
     moved = torch.cat([(value - before[name]).flatten() for name, value in model.named_parameters()])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-2)
+    optimizer = torch.optim.SGD(model.model.norm.parameters(), lr=0.0)  # gradients of others must not add up
+    rollout, advantages = draw(model), on(torch.randn(12))
+    once, again = (icpo.update(model, optimizer, rollout, advantages, settings()) for _ in range(2))
+    assert once["grad_norm"] == pytest.approx(again["grad_norm"])
 
 
-def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight_moves():
-    model = qwen2()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight_moves(dtype):
+    model = qwen2().to(dtype)
     rollout, before = draw(model), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    sampled, limit = rollout.log_probs, 0.01 if DEVICE == "cpu" else 0.1
+    limit = 0.01 if DEVICE == "cpu" and dtype == torch.float32 else 0.1
+    sampled = token_log_probs(model, rollout).detach()
 
     def update(difference):
         rollout.log_probs = sampled + difference * rollout.mask
@@ -569,6 +585,31 @@ def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert update(0.9 * limit)["sampling/logp_difference"] == pytest.approx(0.9 * limit, abs=1e-5)
     update(-3)  # from the second step on it is a metric, and stops nothing
+
+
+def test_weights_that_are_not_finite_end_the_run_though_they_leave_nothing_to_update(tiny):
+    model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    example, optimizer = icpo.Example("", "", [5]), torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(icpo.UserError, match="no longer finite"):
+        icpo.train_step(model, tokenizer, eos_ids, optimizer, [example], lambda *args: 1.0, settings())
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_a_notebook_changes_nothing(tiny, default):
+    def trained():
+        model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return icpo.train_step(model, tokenizer, eos_ids, optimizer, [icpo.Example("", "", [5])],
+                               lambda response, reference: len(response) % 3 / 2, settings())[1]
+
+    expected = trained()
+    torch.set_default_dtype(default)
+    try:
+        assert trained() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_rollout_metrics_by_hand():
@@ -734,7 +775,7 @@ def test_own_model_and_data(tiny, tmp_path, monkeypatch, capfd):
     metrics, samples = rows_of("run/metrics.jsonl"), rows_of("run/samples.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2] and len(samples) == 2 * 4
     explained = (ROOT / "results/README.md").read_text()
-    assert len(metrics[2]) == 26 and all(f"`{name}`" in explained for name in set(metrics[2]) - {"step"})
+    assert len(metrics[2]) == 27 and all(f"`{name}`" in explained for name in set(metrics[2]) - {"step"})
     assert metrics[2]["reward/errors"] == 0 and metrics[2]["lr"] == pytest.approx(1e-6 * 2 / 5)
     assert metrics[2]["sampling/logp_difference"] < 1e-5 and type(metrics[2]["kl/ref"]) is float
     group, = torch.load("run/checkpoint/state.pt", weights_only=True)["optimizer"]["param_groups"]
@@ -756,9 +797,12 @@ def test_prompts_go_through_the_chat_template_and_references_stay_as_they_are(ti
     rows = [{"prompt": "2+2 is 4", "answer": value} for value in [*values, "so\n#### 18", "\\boxed{4}"]]
     examples = examples_of(tmp_path, tokenizer, rows, system_prompt="S", prompt_suffix="!")
     assert {tokenizer.decode(example.ids) for example in examples} == {"[system]S[user]2+2 is 4![assistant]"}
-    assert [example.reference for example in examples] == [*values, "18", "4"]
+    assert [example.reference for example in examples] == [row["answer"] for row in rows]
     example, *_ = examples_of(tmp_path, tokenizer, rows, prompt_suffix="!", no_chat_template=True)
     assert tokenizer.decode(example.ids) == "2+2 is 4!" and 256 in example.ids
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(icpo.UserError, match="leaves out the prompt, or --system-prompt"):
+        examples_of(tmp_path, tokenizer, rows, system_prompt="S")
     assert verify("The answer is 12, 13", [12, 13]) and not verify("The answer is 12", [12, 13])
 
 
@@ -777,12 +821,14 @@ def test_evaluation_equals_loops(tiny, capsys):
     groups = [sampled[start:start + 3] for start in range(0, 15, 3)]
     assert metrics == pytest.approx({
         "eval/accuracy": statistics.mean(greedy), "eval/mean_at_k": statistics.mean(sampled),
-        "eval/pass_at_k": statistics.mean(map(max, groups))})
+        "eval/pass_at_k": statistics.mean(map(max, groups)), "eval/errors": 0})
     assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(set(greedy)) > 1
     assert f"-> {texts[greedy.index(min(greedy))][-40:]!r}" in capsys.readouterr().out  # the worst is shown
     generated = model.generate(torch.tensor([[5] * 5]), do_sample=False, max_new_tokens=5)[0, 5:]
     assert texts[4] == tokenizer.decode(generated, skip_special_tokens=True)
     assert icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config) == metrics
+    failing = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda *args: None, config)
+    assert set(failing.values()) == {0, 20} and failing["eval/errors"] == 20
 
 
 def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
@@ -796,7 +842,7 @@ def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
 
 
 def test_every_example_once_an_epoch():
-    taken = [i for step in range(1, 13) for i in icpo.batch_indices(10, step, 5, seed=0)]
+    taken = [i for step in range(1, 16) for i in icpo.batch_indices(10, step, 4, seed=0)]
     epochs = [taken[start:start + 10] for start in range(0, 60, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
     assert icpo.batch_indices(10, 1, 10, seed=1) != epochs[0]
@@ -821,7 +867,9 @@ def test_failing_rewards_score_zero_are_counted_and_shown_once(caplog):
 def test_rewards_that_all_fail_end_the_first_step_and_no_later_one(tiny, tmp_path, monkeypatch, capfd):
     def reward(response, reference):
         calls.append(1)
-        return sys.exit() if len(calls) > working else len(calls) % 2  # SystemExit is no Exception
+        if len(calls) > working:
+            raise BaseException("out of time")  # as some raise that limit the time of a call
+        return len(calls) % 2
 
     monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
     flags = ["--steps", 3, "--prompts-per-step", 1, "--group-size", 4]
@@ -833,6 +881,8 @@ def test_rewards_that_all_fail_end_the_first_step_and_no_later_one(tiny, tmp_pat
 
 
 def test_help_names_and_explains_every_flag_and_unknown_ones_are_refused(capsys):
+    with pytest.raises(SystemExit, match="0"), contextlib.redirect_stdout(io.StringIO()):  # as in a notebook
+        run("--help")
     with pytest.raises(SystemExit, match="0"):
         run("--help")
     with pytest.raises(SystemExit, match="2"):
@@ -934,7 +984,7 @@ GOOD = '{"prompt": "1+1=", "answer": "2"}'
     ("data.jsonl", '{"prompt": "\\ud800", "answer": "1"}', "prompts that tokenizer and chat template take"),
     ("data.jsonl", '{"prompt": "<image>", "answer": "1"}', "a token beyond the 258 rows"),
     ("reward.py", "def f(", "SyntaxError"), ("reward.py", "import sys\nsys.exit()", "SystemExit"),
-    ("model/chat_template.jinja", "no prompt", "the chat template leaves the prompt out"),
+    ("model/chat_template.jinja", "no prompt", "the chat template leaves out the prompt"),
     ("model/chat_template.jinja", "{{ raise_exception('No system role') }}", "No system role"),
     ("model/chat_template.jinja", "{% if %}", "TemplateSyntaxError"),
     *(("model/chat_template.jinja", template, "chat template take") for template in (
@@ -997,8 +1047,13 @@ def test_a_folder_belongs_to_one_run_of_the_same_settings_and_data(tiny, tmp_pat
         write_jsonl(path, [{"prompt": "1", "answer": answer} for answer in answers])
         assert "began with another {'data" in error_of(capfd, *flags, "--resume", "--steps", 3)
         path.write_bytes(whole)
-    checkpoint = tmp_path / "run/checkpoint/state.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:999])
+    checkpoint, log = tmp_path / "run/checkpoint/state.pt", tmp_path / "run/metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:1])
+    assert run(*flags, "--resume", "--steps", 2) == 0 and log.read_bytes() == b"{"  # not filled up
+    whole = checkpoint.read_bytes()
+    torch.save(torch.load(checkpoint, weights_only=True) | {"policy": {}}, checkpoint)
+    assert "--model is another by now" in error_of(capfd, *flags, "--resume", "--steps", 3)
+    checkpoint.write_bytes(whole[:999])
     assert "is damaged" in error_of(capfd, *flags, "--resume", "--steps", 3)
 
 
@@ -1066,18 +1121,19 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_after_a_full_disk_a_lost_log_and_a_move_a_run_ends_as_an_unbroken_one(task, tmp_path, capfd):
+def test_after_a_full_disk_a_lost_log_and_a_move_a_run_ends_as_an_unbroken_one(task, tmp_path, capsys):
+    # capsys, not capfd, whose file would have the limit too
     out, log, flags = tmp_path / "run", tmp_path / "run/metrics.jsonl", ["--eval-every", 2, "--kl-coef", 0.1]
     resumed = task_run(task, out, *flags, "--steps", 4, "--resume")
     assert run(*task_run(task, out, *flags, "--steps", 2)) == 0
     with files_of_at_most(100_000):
-        error = error_of(capfd, *resumed)
+        error = error_of(capsys, *resumed)
     assert f"{out / 'checkpoint/state.pt'} cannot be written" in error and "make room" in error
     kept = log.read_bytes().splitlines(keepends=True)[:3]
     with files_of_at_most(sum(map(len, kept)) + 99):  # in the middle of a line
-        assert ".jsonl cannot be written" in error_of(capfd, *resumed)
+        assert ".jsonl cannot be written" in error_of(capsys, *resumed)
     log.rename(tmp_path / "log")
-    assert f"No such file or directory: '{log}'" in error_of(capfd, *resumed)
+    assert f"No such file or directory: '{log}'" in error_of(capsys, *resumed)
     (tmp_path / "log").rename(log)
     out.rename(tmp_path / "moved")
     assert run(*resumed, "--output-dir", tmp_path / "moved") == 0
@@ -1095,6 +1151,13 @@ def test_no_room_or_no_folder_for_the_task_is_one_line(tmp_path, capfd):
     assert "cannot be written: [Errno 20] Not a directory" in error_of(capfd, *flags, tmp_path / "file/run")
 
 
+def test_checkpoints_are_saved_every_save_every_steps_and_at_the_end(tiny, tmp_path, monkeypatch):
+    saved_at = []
+    monkeypatch.setattr(icpo, "save_checkpoint", lambda out, step, *rest: saved_at.append(step))
+    assert run(*tiny_run(tiny, tmp_path / "run"), "--steps", 5, "--save-every", 2) == 0
+    assert saved_at == [0, 2, 4, 5]
+
+
 def test_out_of_memory_names_the_flags(tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(icpo, "update", lambda *args: torch.empty(2**50))
     assert "lower --micro-batch" in error_of(capfd, *tiny_run(tiny, tmp_path / "run"))
@@ -1106,11 +1169,11 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def texts(tokenizer, responses, opening="", truncated=False):
-    """What the reward gets of these responses to a prompt."""
+def texts(tokenizer, responses, openings=("",), truncated=False):
+    """What the reward gets of these responses to one prompt, or to prompts that end with these openings."""
     cut = torch.full((len(responses),), truncated)
     rollout = SimpleNamespace(lengths=cut, truncated=cut, responses=lambda: responses)
-    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)])
+    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening) for opening in openings])
 
 
 @pytest.mark.parametrize("end, opening", [
@@ -1120,8 +1183,9 @@ def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, end
     tokenizer = icpo.load_model(str(tmp_path), "cpu")[1]
     example, = examples_of(tmp_path, tokenizer, [{"prompt": "Write <think> first.", "answer": "7"}])
     assert example.opening == opening and tokenizer.decode(example.ids).startswith("<|im_start|>user")
-    cut, = texts(tokenizer, [tokenizer("maybe 3+4=7").input_ids], example.opening, truncated=True)
-    assert cut == opening + "maybe 3+4=7" and verify(cut, "7") is (opening == "")
+    ids = tokenizer("maybe 3+4=7").input_ids
+    cut, other = texts(tokenizer, [ids, ids], [example.opening, "<x>"], truncated=True)
+    assert (cut, other) == (opening + "maybe 3+4=7", "<x>maybe 3+4=7") and verify(cut, "7") is (opening == "")
 
 
 @pytest.mark.parametrize("kind", ["plain", "special"])
@@ -1151,6 +1215,12 @@ def test_a_prompt_begins_once_and_does_not_end(tmp_path):
         assert icpo.encode("2+2", tokenizer, config) == (begun + plain, "")
         assert icpo.encode("<s>2+2", tokenizer, config) == ([bos, *plain], "")
         assert icpo.encode("2+2 <think>", tokenizer, config)[1] == "<think>"
+
+
+def test_a_template_that_tells_the_time_leaves_resume_possible(tmp_path, capfd):
+    saved(tmp_path / "model", template=PLAIN.replace("[assistant]", "{{ strftime_now('%f') }}[assistant]"))
+    flags = tiny_run(tmp_path / "model", tmp_path / "run", "--reward", "operator:eq")
+    assert run(*flags) == run(*flags, "--resume", "--steps", 2) == 0
 
 
 @pytest.mark.parametrize("settings", [

@@ -7,8 +7,8 @@
     python results/real_model.py --weights    only write the weights to runs/smollm2, for icpo.py --model
 
 Runs are paired by seed: the same prompts in the same order, the same random numbers for sampling. They go two
-at a time, each on one thread, for about ten minutes; a finished run is a line of real_model.jsonl, or of
-real_opposite.jsonl, and is not run again. `--seeds 2` does with fewer. The figures are study.py's.
+at a time, each on one thread, for about ten minutes; a finished run is a line of real_model.jsonl, and is not
+run again. `--seeds 2` does with fewer. The figures are study.py's.
 """
 
 import importlib.util
@@ -34,13 +34,8 @@ SETTINGS = STEP | dict(
 METHODS = {
     "GRPO": dict(alpha=0.0),
     "ICPO": dict(alpha=0.1),
-    "adaptive": dict(alpha=0.4, adaptive=True),
-    "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
-}
-TODAY = {  # rewarded by today's verifier, METHODS by an earlier one: see README.md
-    "GRPO": METHODS["GRPO"],
-    "ICPO": METHODS["ICPO"],
     "opposite": study.OPPOSITE["opposite"],
+    "alpha 0.4": dict(alpha=0.4),  # only on clean rewards, and on seeds 0 to 2
 }
 NOISES = (0.0, 0.2)
 CURVES = (  # what the log keeps of each step
@@ -99,10 +94,9 @@ def located(model: str) -> str:
 
 def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
-    settings = dict(job["settings"])
-    advantage = study.adaptive if settings.pop("adaptive", False) else None
-    settings |= {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
-    rows = study.train(advantage, job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
+    settings = job["settings"]
+    settings = settings | {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
+    rows = study.train(None, job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
                        **settings)
     curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
     evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]
@@ -111,26 +105,20 @@ def run(job: dict) -> dict:
 
 
 def plan(model: str, seeds: int) -> list[dict]:
-    """The jobs, seed by seed, those on clean rewards and of GRPO and ICPO first: a log may break off."""
-    jobs = [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
-            for seed in range(seeds) for noise in NOISES for method, settings in METHODS.items()
-            if method != "alpha 0.4" or (noise == 0 and seed < 3)]
-    return sorted(jobs, key=lambda job: (job["noise"], job["method"] not in ("GRPO", "ICPO")))
-
-
-def plan_today(model: str, seeds: int) -> list[dict]:
+    """The jobs, those on clean rewards first, seed by seed: a log may break off."""
     return [dict(model=model, method=method, noise=noise, seed=seed, settings=SETTINGS | settings)
-            for noise in NOISES for seed in range(seeds) for method, settings in TODAY.items()]
+            for noise in NOISES for seed in range(seeds) for method, settings in METHODS.items()
+            if method != "alpha 0.4" or (noise == 0 and seed < 3)]
 
 
 # ------------------------------------------------------------------------------------------------------ Table
 
 
-def table(rows: list[dict], title: str, methods: dict) -> str:
+def table(rows: list[dict]) -> str:
     """Clean and flipped, each measure: GRPO's level, and the other methods minus GRPO's on the same seeds."""
-    lines = [[f"{name}, {study.NOISES[noise]}", *study.compared(rows, measure, methods, noise=noise)]
-             for noise in NOISES for name, measure in MEASURES.items()]
-    return study.markdown([title, *methods], [line for line in lines if any(line[1:])])
+    return study.markdown(["SmolLM2", *METHODS], [
+        [f"{name}, {study.NOISES[noise]}", *study.compared(rows, measure, METHODS, noise=noise)]
+        for noise in NOISES for name, measure in MEASURES.items()])
 
 
 def model_of(name: str) -> str:
@@ -159,10 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.weights:
         prepare(WEIGHTS)
         return
-    rows, today = (
-        study.complete(RESULTS / log, jobs(args.model, args.seeds), args, run, lambda *_: prepare(args.model))
-        for log, jobs in (("real_model.jsonl", plan), ("real_opposite.jsonl", plan_today)))
-    print(table(rows, "SmolLM2", METHODS) + "\n\n" + table(today, "SmolLM2, today's verifier", TODAY))
+    jobs = plan(args.model, args.seeds)
+    print(table(study.complete(RESULTS / "real_model.jsonl", jobs, args, run, lambda *_: prepare(args.model))))
 
 
 if __name__ == "__main__":

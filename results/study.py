@@ -283,10 +283,10 @@ def claims(rows: list[dict]) -> str:
 # --------------------------------------------------------------------------------------------- When to use it
 
 
-def logs(toy: str, real: str) -> list[dict]:
-    """The rows of both logs, those of SmolLM2 as another regime."""
-    real_rows = [row for row in rows_of(RESULTS / real) if row["model"] == "runs/smollm2"]
-    return rows_of(RESULTS / toy) + [row | {"regime": "SmolLM2"} for row in real_rows]
+def with_smollm2(log: str) -> list[dict]:
+    """The rows of a log of the toy, and those of SmolLM2 as another regime."""
+    real = [row for row in rows_of(RESULTS / "real_model.jsonl") if row["model"] == "runs/smollm2"]
+    return rows_of(RESULTS / log) + [row | {"regime": "SmolLM2"} for row in real]
 
 
 def outcomes() -> list[dict]:
@@ -294,8 +294,7 @@ def outcomes() -> list[dict]:
 
     Each has a name, and by method three lists by seed: GRPO's first agreement, its area, and the difference.
     """
-    rows = {"ICPO": logs("study.jsonl", "real_model.jsonl"),
-            "opposite": logs("opposite.jsonl", "real_opposite.jsonl")}
+    rows = {"ICPO": with_smollm2("study.jsonl"), "opposite": with_smollm2("opposite.jsonl")}
     found = []
     for regime, noise in [*CELLS, ("SmolLM2", 0.0), ("SmolLM2", 0.2)]:
         cell = {"name": f"{regime}, {NOISES[noise]}"}
@@ -421,7 +420,7 @@ def report(rows: list[dict]) -> None:
     cells = outcomes()
     print("\n\n".join([table(rows, "area", METHODS), claims(rows), when(cells)]))
     if cells and drawing():
-        draw_curves(logs("study.jsonl", "real_model.jsonl"), RESULTS / "curves.png")
+        draw_curves(with_smollm2("study.jsonl"), RESULTS / "curves.png")
         draw_when(cells, RESULTS / "when.png")
 
 
