@@ -602,7 +602,7 @@ def test_the_default_dtype_of_a_notebook_changes_nothing(tiny, default):
         torch.manual_seed(0)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         return icpo.train_step(model, tokenizer, eos_ids, optimizer, [icpo.Example("", "", [5])],
-                               lambda response, reference: len(response) % 3 / 2, settings())[1]
+                               lambda response, reference: len(response) % 3 / 3, settings())[1]
 
     expected = trained()
     torch.set_default_dtype(default)
@@ -800,9 +800,9 @@ def test_prompts_go_through_the_chat_template_and_references_stay_as_they_are(ti
     assert [example.reference for example in examples] == [row["answer"] for row in rows]
     example, *_ = examples_of(tmp_path, tokenizer, rows, prompt_suffix="!", no_chat_template=True)
     assert tokenizer.decode(example.ids) == "2+2 is 4!" and 256 in example.ids
-    tokenizer.chat_template = "{{ messages[-1].content }}"
-    with pytest.raises(icpo.UserError, match="leaves out the prompt, or --system-prompt"):
-        examples_of(tmp_path, tokenizer, rows, system_prompt="S")
+    for tokenizer.chat_template in ("{{ messages[0].content }}", "{{ messages[1].content }}"):
+        with pytest.raises(icpo.UserError, match="leaves out the prompt, or --system-prompt"):
+            examples_of(tmp_path, tokenizer, rows, system_prompt="S")
     assert verify("The answer is 12, 13", [12, 13]) and not verify("The answer is 12", [12, 13])
 
 
