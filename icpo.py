@@ -343,7 +343,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     policy.train(policy.is_gradient_checkpointing)  # which only acts in train mode; dropout was set to 0
     skipped = 0
     for epoch in range(config.inner_epochs):
-        policy.zero_grad()  # of what the optimizer may lack, too: its norm counts
+        policy.zero_grad()  # also of weights that the optimizer lacks, which count in the norm
         sums = Counter()
         for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5)):
             batch = rollout.select(chunk)
@@ -722,10 +722,10 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
 
 def batch_indices(total, step, count, seed):
     """The indices (count,) of step 1, 2, ...: each example once per epoch, in an order from (seed, epoch)."""
-    places = range((step - 1) * count, step * count)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(total)
-              for epoch in {place // total for place in places}}
-    return [int(orders[place // total][place % total]) for place in places]
+    epochs = range((step - 1) * count // total, step * count // total + 1)
+    orders = [np.random.default_rng([seed, epoch]).permutation(total) for epoch in epochs]
+    start = (step - 1) * count % total
+    return np.concatenate(orders)[start:start + count].tolist()
 
 
 @contextmanager
