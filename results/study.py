@@ -321,7 +321,7 @@ def when(cells: list[dict]) -> str:
 
 STYLES = {  # the colors are Okabe and Ito's
     "GRPO": ("#444444", "-"), "ICPO": ("#0072B2", "-"), "adaptive": ("#009E73", "--"),
-    "alpha 0.4": ("#E69F00", "-")}
+    "alpha 0.4": ("#E69F00", "-"), "opposite": ("#D55E00", "-")}
 
 
 def drawing():
@@ -374,7 +374,8 @@ def draw_curves(rows: list[dict], path: Path) -> None:
         axes[0, j].set_title(f"{regime}, {NOISES[noise]}", fontsize=11)
         axes[0, j].set_ylim(0, 1)
         axes[-1, j].set_xlabel("training step")
-    axes[0, 0].legend(loc="lower right", frameon=False)
+    lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
+    axes[0, 0].legend(lines.values(), lines, loc="lower right", frameon=False)
     plt.savefig(path, dpi=150)
     plt.close()
     print(f"figure: {path}", file=sys.stderr)
