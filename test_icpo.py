@@ -1248,15 +1248,17 @@ def test_a_process_that_a_reward_forks_does_not_train_on(monkeypatch):
 
 
 def test_signals_end_what_a_reward_forks_and_the_second_one_of_either_kind_the_run():
+    began, begins = os.pipe()
     with icpo.caught_signals() as caught:
         for number in (signal.SIGINT, signal.SIGTERM):
             if (child := os.fork()) == 0:
                 try:
+                    os.write(begins, b".")
                     time.sleep(20)
                     os._exit(1)
                 finally:  # KeyboardInterrupt, as Python has it
                     os._exit(-number % 256)
-            time.sleep(0.1)
+            os.read(began, 1)
             os.kill(child, number)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (-number, -number % 256)
         assert not caught
