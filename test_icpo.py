@@ -1248,6 +1248,7 @@ def test_a_process_that_a_reward_forks_does_not_train_on(monkeypatch):
 
 
 def test_signals_end_what_a_reward_forks_and_the_second_one_of_either_kind_the_run():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     began, begins = os.pipe()
     with icpo.caught_signals() as caught:
         for number in (signal.SIGINT, signal.SIGTERM):
