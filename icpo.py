@@ -118,14 +118,14 @@ def group_advantage(rewards: Tensor) -> Tensor:
 
 def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: float,
                    keep_uniform_groups: bool = False) -> Tensor:
-    """The preference advantage joined with the verifiable reward: at the reward [paper], as a sum [ours].
+    """Adds the preference advantage to the verified reward: at the reward [paper], as a sum [ours].
 
         A = group_advantage(R + alpha * s)
 
-    alpha = 0 is GRPO, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha is
-    below 1/2, and A has the sign of GRPO's if alpha is below 1/G. Groups of equal rewards get 0 [ours]: with
-    only s left, normalizing would blow it up to the size of a reward, and a model that errs at random would
-    collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
+    alpha = 0 is GRPO's A, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha
+    is below 1/2, and A has the sign of GRPO's if alpha is below 1/G. Groups of equal rewards get 0 [ours]:
+    with only s left, normalizing would blow it up to the size of a reward, and a model that errs at random
+    would collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
     preference = preference_advantage(seq_log_probs, beta)
@@ -213,7 +213,7 @@ class Rollout:
 def response_logits(model, ids, positions, count, cache=None):
     """Logits (B, count, V) after each of the last `count` tokens of ids (B, S).
 
-    positions (B, S, or what the cache holds + S), below 0 on the left padding, which the mask hides. Padding
+    positions (B, cached tokens + S), below 0 on the left padding, which the mask hides. Padding
     on the right needs no mask: causal attention never sees it. Some models ignore logits_to_keep: cut again.
     """
     return model(
@@ -238,7 +238,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     model.eval()
     device, B, T = model.device, len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
-    filler = prompts[0][0]  # some token in use: a pad token's zeros have NaN for a gradient in Gemma3n
+    filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
     ids, lengths = prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths)
@@ -335,15 +335,17 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     step ("update/skipped" counts them). Raises UserError if, before the optimizer has any state, scored and
     sampled log-probs disagree.
     """
-    normalizer = rollout.mask.sum() if config.aggregation == "token" else len(advantages)
+    normalizer = rollout.lengths.sum() if config.aggregation == "token" else len(advantages)
     rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
     chunks = rows.split(config.micro_batch) if len(rows) else ()
     old_log_probs, ref_log_probs = [], [None] * len(chunks)
-    policy.train(policy.is_gradient_checkpointing)  # which only acts in train mode; dropout was set to 0
+    for module in policy.modules():
+        # Checkpointing acts in train mode only, and so would what adds noise inside of the layers.
+        module.training = getattr(module, "gradient_checkpointing", False)
     skipped = 0
     for epoch in range(config.inner_epochs):
-        policy.zero_grad()  # also of weights that the optimizer lacks, which count in the norm
+        policy.zero_grad()  # all of it: weights that the optimizer lacks count in the norm, too
         sums = Counter()
         for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5)):
             batch = rollout.select(chunk)
@@ -381,8 +383,8 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples.
 
-    reward: f(response, reference) -> float. Raises UserError if the first step shows that the reward always
-    fails, or that the model scores otherwise than it samples.
+    reward: f(response, reference) -> float. Raises UserError if log-probs are not finite or, while the
+    optimizer has no state, if every reward fails or the model scores otherwise than it samples.
     """
     P, G, start = len(examples), config.group_size, perf_counter()
     # 1. Sample.
@@ -511,7 +513,7 @@ def score_responses(reward, responses, examples):
                 raise ValueError(f"the reward is {value}")
             rewards[i] = value
         except BaseException as error:  # one response must not end a run of hours
-            # A process that the reward forked is to end, not to train on.
+            # A process that the reward forked must end, not go on training.
             if isinstance(error, KeyboardInterrupt) or os.getpid() != process:
                 raise
             errors.append(repr(error))
@@ -521,13 +523,13 @@ def score_responses(reward, responses, examples):
 
 
 def quietened(config):
-    """A copy of a model's config: no dropout or noise in train mode, no outputs but logits and the cache."""
+    """A copy of a model's config: no dropout in train mode, no outputs but logits and the cache."""
     config = copy.copy(config)
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             setattr(config, name, quietened(value))
-        elif isinstance(value, float) and re.search("drop|jitter", name) and config.model_type != "phimoe":
-            setattr(config, name, 0.0)  # PhiMoE's jitter is a threshold, in eval mode too
+        elif isinstance(value, float) and "drop" in name:
+            setattr(config, name, 0.0)
         elif re.search("output_(router_logits|hidden_states|attentions)", name):
             setattr(config, name, False)
     config.return_dict = True
@@ -535,7 +537,7 @@ def quietened(config):
 
 
 def closing_token(tokenizer):
-    """The set of ids, one or none as a rule, with which the chat template closes an assistant's message."""
+    """The ids of the tokens, one or none as a rule, with which the chat template closes a message."""
     messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
     try:
         after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
@@ -545,7 +547,7 @@ def closing_token(tokenizer):
 
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
-    """Attention that, for one new token, treats query heads that share a key-value head as so many queries.
+    """Attention that, for one new token, treats query heads that share a key-value head as queries of one.
 
     The cache is then read as it is. transformers' own sdpa, used here for prompts and scoring, would copy it
     once for each query head wherever there is padding.
@@ -566,7 +568,8 @@ def load_model(path, device, gradient_checkpointing=False):
     """A model fit for training, its tokenizer, and the ids of the tokens that end a response.
 
     Raises UserError for what is not a whole model, or samples otherwise than it scores. A generation config
-    that transformers would refuse to save is replaced. tokenizer.model_max_length is set to the context.
+    that transformers would refuse to save is replaced; model.config_to_save is the config as it was loaded,
+    with its dropout. tokenizer.model_max_length is at most the context.
     """
     logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
@@ -598,14 +601,15 @@ def load_model(path, device, gradient_checkpointing=False):
             model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        model.config_to_save = config  # with the dropout that it came with
+        model.config_to_save = config
         context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
         tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
         reason = " ".join((str(error) or repr(error)).split())[:200]
+        found = Path(path).exists() or isinstance(error, UserError)  # a check of what the hub has
         raise UserError(
-            f"--model {path}: {'' if Path(path).exists() else 'no such folder; '}{reason}; give "
-            f"a whole model's folder or hub name: of a run, its folder model; no LoRA adapter, no file")
+            f"--model {path}: {'' if found else 'no such folder; '}{reason}; give a whole model's folder or "
+            f"hub name: of a run, its folder model; no LoRA adapter, no file")
     return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
 
 
@@ -751,7 +755,7 @@ def append(path, rows):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-STOPPING, FORMER_HANDLERS = (signal.SIGINT, signal.SIGTERM), {}  # the handlers that caught_signals replaced
+FORMER_HANDLERS = {}  # by signal, those that caught_signals replaced
 
 
 @contextmanager
@@ -766,7 +770,8 @@ def caught_signals():
         tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
 
     with suppress(ValueError):  # only the main thread may set a handler
-        FORMER_HANDLERS.update({number: signal.signal(number, handler) for number in STOPPING})
+        FORMER_HANDLERS.update({
+            number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield caught
     finally:
@@ -774,16 +779,20 @@ def caught_signals():
 
 
 def restore_handlers():
+    """Sets the handlers back that were replaced, and returns their signals."""
+    restored = list(FORMER_HANDLERS)
     while FORMER_HANDLERS:
         signal.signal(*FORMER_HANDLERS.popitem())
+    return restored
 
 
-# A process that a reward forks gets the former handlers back; signals wait until it has them. Not on Windows.
+# A process that a reward forks gets the former handlers back; signals wait until it has them. Nothing is done
+# outside of caught_signals, nor on Windows.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING),
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING),
-        after_in_child=lambda: [restore_handlers(), signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)])
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, FORMER_HANDLERS),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, FORMER_HANDLERS),
+        after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, restore_handlers()))
 
 
 def save_checkpoint(out, step, policy, optimizer, settings):
@@ -910,7 +919,7 @@ def command_line():
 
 
 def main(arguments=None):
-    with suppress(AttributeError):  # in a notebook; a terminal may lack what a model writes
+    with suppress(AttributeError):  # a notebook's stdout has none; a terminal may lack what a model writes
         sys.stdout.reconfigure(errors="backslashreplace")
     given = vars(command_line().parse_args(arguments))
     if not given.get("model"):

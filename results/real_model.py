@@ -93,10 +93,9 @@ def located(model: str) -> str:
 
 def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
-    settings = job["settings"]
-    settings = settings | {name: str(ROOT / settings[name]) for name in ("train_data", "eval_data")}
+    data = {name: str(ROOT / job["settings"][name]) for name in ("train_data", "eval_data")}
     rows = study.train(None, job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
-                       **settings)
+                       **job["settings"] | data)
     curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
     evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]
                    for name in ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")}
