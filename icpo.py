@@ -461,8 +461,8 @@ class Config:
     eval_every: int = 10  # steps between evaluations
     eval_rows: int = 256  # rows of the evaluation data that are used
     eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
-    task_teacher_error: float = 0.9  # fraction of demonstrations in which the teacher forgets to carry
-    task_warmup_steps: int = 1200  # steps of imitating the teacher before RL
+    task_usual_error: float = 0.95  # how often the teacher's usual way forgets the carry; his others: 1 less that
+    task_warmup_steps: int = 1800  # steps of imitating the teacher before RL
 
     def __post_init__(self):
         for name in ("model", "train_data", "eval_data", "output_dir"):
@@ -472,7 +472,7 @@ class Config:
 def check(config, out):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
     may_be_0 = ("seed clip_low clip_high kl_coef alpha warmup_steps eval_samples task_warmup_steps "
-                "task_teacher_error").split()
+                "task_usual_error").split()
     for name, value in asdict(config).items():
         if type(value) in (int, float) and name != "beta":  # not bool, which is an int
             least = "at least" if name in may_be_0 else "above"
