@@ -1,20 +1,20 @@
-"""When does ICPO help? GRPO against ICPO on the built-in task, over regimes, reward noise and seeds.
+"""When does ICPO help? GRPO, ICPO and two variants on the built-in task: two regimes, reward noise, seeds.
 
-    python results/study.py            print the tables of the logs, draw curves.png and when.png
+    python results/study.py            print the tables of the logs, draw when.png
     python results/study.py --run      the same, after running what the logs lack
-    python results/study.py --rerun    the same from nothing: three to six hours on two cores
-    python results/study.py --all      every measure in every cell
-    python results/study.py --tune     the search for the default, on seeds that the tables do not use
+    python results/study.py --rerun    the same from nothing: two to four hours on two cores
+    python results/study.py --tune     larger alphas, on seeds that the tables do not use
 
 Runs are paired by seed: the same warm start, the same prompts in the same order, the same random numbers for
-sampling. They go two at a time, each on one thread; a finished run is a line of study.jsonl (opposite.jsonl,
-tuning.jsonl) and is not run again. The figures need matplotlib; they show real_model.py's runs too.
+sampling and for flipping rewards. They go two at a time, each on one thread; a finished run is a line of
+study.jsonl (tuning.jsonl), and is not run again. README.md beside says what was predicted before the first run.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -35,51 +35,44 @@ import icpo
 from examples.addition import write_task
 
 REGIMES = {
-    "90%": dict(task_teacher_error=0.9),  # overconfident: the carry in one answer of ten
-    "98%": dict(task_teacher_error=0.98),  # overconfident: in one of a hundred
-    "slipping": dict(task_teacher_error=0.0, task_warmup_steps=400),  # right, but too few demonstrations
+    "holds": dict(task_usual_error=0.95),  # the usual way is wrong: what is less probable is right
+    "fails": dict(task_usual_error=0.05),  # the usual way is right
 }
 NOISES = {0.0: "clean", 0.2: "20% flipped", 0.35: "35% flipped"}  # the training rewards
-CELLS = [(regime, noise) for regime in REGIMES for noise in NOISES if (regime, noise) != ("90%", 0.35)]
+CELLS = [(regime, noise) for regime in REGIMES for noise in NOISES]
 METHODS = {
     "GRPO": dict(alpha=0.0),
     "ICPO": dict(alpha=0.1),
-    "uniform kept": dict(alpha=0.1, keep_uniform_groups=True),
-    "alpha 0.4": dict(alpha=0.4),
-    "adaptive": dict(form="adaptive", alpha=0.4),
-}
-OPPOSITE = {  # with a GRPO of its own, since runs repeat bit for bit only on one kind of CPU
-    "GRPO": dict(alpha=0.0),
     "opposite": dict(alpha=0.1, beta=-10.0),
+    "chosen": dict(alpha=0.1, chosen=True),  # GRPO for ten steps, then ICPO or opposite: see train
 }
 SEEDS = range(16)
-TUNING = {
-    "GRPO": dict(alpha=0.0),
-    "alpha 0.1": dict(alpha=0.1),
-    "alpha 0.2": dict(alpha=0.2),
-    "alpha 0.4": dict(alpha=0.4),
-    "alpha 0.1, beta 30": dict(alpha=0.1, beta=30.0),
-    "alpha 0.2, beta 30": dict(alpha=0.2, beta=30.0),
-    "alpha 0.4, beta 30": dict(alpha=0.4, beta=30.0),
-}
+TUNING = {"GRPO": dict(alpha=0.0)} | {f"alpha {alpha}": dict(alpha=alpha) for alpha in (0.1, 0.2, 0.4)}
 TUNING_SEEDS = range(100, 106)
-STEPS = 60
+STEPS, FIRST = 60, 10  # FIRST: the steps over which the agreement is averaged
 CURVES = {  # what the log keeps of each step, and to how many digits
-    "reward/verified": 3, "entropy": 3, "preference/agreement": 2, "confidence/overconfident_frac": 2,
-    "groups/uniform_frac": 2, "confidence/correct": 2, "confidence/wrong": 2}
+    "reward/verified": 3, "entropy": 3, "preference/agreement": 3, "confidence/overconfident_frac": 2,
+    "confidence/correct": 3, "confidence/wrong": 3, "ways": 2, "distinct": 2, "shift": 4}
 EVALUATED = ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")
+
+
+def mean_of(name: str, steps: slice = slice(None)):
+    """The measure of a run that is the mean of a curve, over the steps that have a value."""
+    return lambda row: float(np.nanmean(np.array(row[name][steps], dtype=float)))
+
+
 MEASURES = {
-    "area": lambda row: row["area"] if "area" in row else np.mean(row["reward/verified"]),
-    "sampled accuracy": lambda row: row["eval/mean_at_k"][-1],
-    "greedy accuracy": lambda row: row["eval/accuracy"][-1],
+    "area": mean_of("reward/verified"),
+    "first agreement": mean_of("preference/agreement", slice(FIRST)),
     "pass@8": lambda row: row["eval/pass_at_k"][-1],
-    "entropy": lambda row: np.mean(row["entropy"]),
-    "overconfident": lambda row: np.mean(row["confidence/overconfident_frac"]),
-    "confidence gap": lambda row: np.nanmean(
-        np.array(row["confidence/correct"], dtype=float) - np.array(row["confidence/wrong"], dtype=float)),
-    "uniform groups": lambda row: np.mean(row["groups/uniform_frac"]),
-    "first agreement": lambda row: np.mean(row["preference/agreement"][:10]),
+    "ways alive": mean_of("ways", slice(-10, None)),
+    "overconfident": mean_of("confidence/overconfident_frac"),
+    "gap in l": lambda row: mean_of("confidence/correct")(row) - mean_of("confidence/wrong")(row),
+    "entropy": mean_of("entropy"),
+    "distinct texts, first ten steps": mean_of("distinct", slice(FIRST)),
+    "shift of A": mean_of("shift"),
 }
+CLAIMS = ("pass@8", "ways alive", "overconfident", "gap in l", "entropy")
 
 
 # ------------------------------------------------------------------------------------------------------- Runs
@@ -110,36 +103,54 @@ def warm_start(job: tuple[str, int]) -> None:
             os.rename(Path(scratch) / "run" / "task", task_folder(regime, seed))
 
 
-def adaptive(rewards, seq_log_probs, alpha, beta, keep_uniform_groups=False):
-    """In place of icpo_advantage: alpha counts to the extent that the less probable responses did better."""
-    A, s = icpo.group_advantage(rewards), icpo.preference_advantage(seq_log_probs, beta)
-    agreement = (A * s).sum() / (A * s).abs().sum().clamp(min=1e-9)
-    joined = icpo.group_advantage(rewards + alpha * (2 * agreement).clamp(0, 1) * s)
-    return joined * (A != 0).any(dim=1, keepdim=True)
+def variety(samples: list[dict], group_size: int) -> dict:
+    """Distinct texts of a group: the correct ones ("ways"), and all, where some are correct and some wrong."""
+    groups = [samples[i:i + group_size] for i in range(0, len(samples), group_size)]
+    right = [{row["response"] for row in group if row["reward"] > 0.5} for group in groups]
+    mixed = [len({row["response"] for row in group}) for group in groups
+             if len({row["reward"] > 0.5 for row in group}) == 2]
+    return {"ways": float(np.mean([len(texts) for texts in right])),
+            "distinct": float(np.mean(mixed)) if mixed else None}
 
 
-def train(advantage=None, noise: float = 0.0, **settings) -> list[dict]:
-    """The rows of metrics.jsonl of a run that leaves nothing else; advantage stands in for icpo_advantage.
+def train(noise: float = 0.0, chosen: bool = False, **settings) -> list[dict]:
+    """The rows of metrics.jsonl of a run that leaves nothing else, with its variety and its shift of A.
 
-    noise is the probability that the update gets 1 - R for a reward R of the verifier. What is correct is
-    still told by the verifier's rewards; spread, uniform groups and agreement are of those trained on.
+    noise: the probability that the update gets 1 - R for a reward R of the verifier. What is correct is still
+    told by the verifier's rewards; spread, uniform groups and agreement are of those trained on.
+    chosen: GRPO for ten steps, then with the sign of beta that their mean agreement names.
+    shift: mean |A - A of GRPO| over the groups that are not uniform, both from the rewards trained on.
     """
     torch.set_num_threads(1)  # two runs go at a time
-    own_advantage, own_metrics, trained_on = advantage or icpo.icpo_advantage, icpo.rollout_metrics, None
+    own_advantage, own_metrics, own_step = icpo.icpo_advantage, icpo.rollout_metrics, icpo.train_step
+    trained_on, shift, agreements = None, None, []
 
-    def noisy_advantage(rewards, *args):
-        nonlocal trained_on
+    def noisy_advantage(rewards, seq_log_probs, alpha, beta, *rest):
+        nonlocal trained_on, shift
         trained_on = torch.where(torch.rand(rewards.shape) < noise, 1 - rewards, rewards)
-        return own_advantage(trained_on, *args)
+        if chosen and len(agreements) < FIRST:
+            alpha = 0.0
+        elif chosen:
+            beta = math.copysign(beta, np.mean(agreements[:FIRST]))
+        advantages = own_advantage(trained_on, seq_log_probs, alpha, beta, *rest)
+        mixed = ~icpo.uniform_groups(trained_on).squeeze(1)
+        shift = (advantages - icpo.group_advantage(trained_on))[mixed].abs().mean().item() if mixed.any() else None
+        return advantages
 
-    def noisy_metrics(rollout, rewards, *args):
-        noisy = own_metrics(rollout, trained_on, *args)
+    def noisy_metrics(rollout, rewards, *rest):
+        noisy = own_metrics(rollout, trained_on, *rest)
+        agreements.append(noisy["preference/agreement"])
         names = ("reward/std", "groups/uniform_frac", "preference/agreement")
-        return own_metrics(rollout, rewards, *args) | {name: noisy[name] for name in names}
+        return own_metrics(rollout, rewards, *rest) | {name: noisy[name] for name in names} | {"shift": shift}
+
+    def measured_step(policy, tokenizer, eos_ids, optimizer, examples, *rest):
+        metrics, samples = own_step(policy, tokenizer, eos_ids, optimizer, examples, *rest)
+        return metrics | variety(samples, len(samples) // len(examples)), samples
 
     with tempfile.TemporaryDirectory(dir=RUNS) as out:
+        patches = dict(icpo_advantage=noisy_advantage, rollout_metrics=noisy_metrics, train_step=measured_step)
         try:
-            with patch.multiple(icpo, icpo_advantage=noisy_advantage, rollout_metrics=noisy_metrics):
+            with patch.multiple(icpo, **patches):
                 quietly(icpo.train, icpo.Config(output_dir=f"{out}/run", save_every=1000, **settings))
         except KeyboardInterrupt:
             sys.exit(130)  # of a worker that is told to stop, a traceback shows nothing
@@ -147,20 +158,16 @@ def train(advantage=None, noise: float = 0.0, **settings) -> list[dict]:
 
 
 def run(job: dict) -> dict:
-    """One run: the job with its area; if it is evaluated, with its evaluations and curves too."""
-    settings, task = dict(job["settings"]), task_folder(job["regime"], job["seed"])
-    advantage = adaptive if settings.pop("form", None) else None
+    """One run: the job with its curves, and its evaluations before and after."""
+    task = task_folder(job["regime"], job["seed"])
     rows = train(
-        advantage, job["noise"], model=str(task / "model"), train_data=str(task / "train.jsonl"),
-        eval_data=str(task / "eval.jsonl") if job["evaluate"] else None, eval_every=30, eval_rows=96,
-        device="cpu", seed=job["seed"], steps=STEPS, max_new_tokens=32, micro_batch=128, lr=1e-4, **settings)
-    result = job | {"area": round(float(np.mean([row["reward/verified"] for row in rows[1:]])), 4)}
-    if job["evaluate"]:
-        evaluated = [row for row in rows if "eval/accuracy" in row]
-        result |= {name: [round(row[name], 4) for row in evaluated] for name in EVALUATED}
-        result |= {name: [None if row[name] is None else round(row[name], digits) for row in rows[1:]]
-                   for name, digits in CURVES.items()}
-    return result
+        job["noise"], model=str(task / "model"), train_data=str(task / "train.jsonl"),
+        eval_data=str(task / "eval.jsonl"), eval_every=STEPS, eval_rows=96, device="cpu", seed=job["seed"],
+        steps=STEPS, max_new_tokens=32, micro_batch=128, lr=1e-4, **job["settings"])
+    evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])] for name in EVALUATED}
+    curves = {name: [None if row[name] is None else round(row[name], digits) for row in rows[1:]]
+              for name, digits in CURVES.items()}
+    return job | evaluations | curves
 
 
 def warm_starts(jobs: list[dict], pool) -> None:
@@ -171,10 +178,10 @@ def warm_starts(jobs: list[dict], pool) -> None:
         pass
 
 
-def plan(methods: dict, seeds: range, cells: list, evaluate: bool) -> list[dict]:
+def plan(methods: dict, seeds: range) -> list[dict]:
     """The jobs, whole seeds one after another: a log that breaks off is balanced."""
-    return [dict(regime=regime, noise=noise, method=method, seed=seed, settings=settings, evaluate=evaluate)
-            for seed in seeds for regime, noise in cells for method, settings in methods.items()]
+    return [dict(regime=regime, noise=noise, method=method, seed=seed, settings=settings)
+            for seed in seeds for regime, noise in CELLS for method, settings in methods.items()]
 
 
 def logged(log: Path, jobs: list[dict]) -> dict[str, dict]:
@@ -261,129 +268,80 @@ def compared(rows: list[dict], measure, methods, **cell) -> list[str]:
             *(difference(paired(rows, measure, method, **cell)[1]) for method in methods if method != "GRPO")]
 
 
-def table(rows: list[dict], name: str, methods: dict, by_method: bool = False) -> str:
-    """A measure by cell (a line each, or a column each): GRPO's level, and the other methods minus GRPO's."""
-    lines = [[name, *methods]] + [
-        [f"{regime}, {NOISES[noise]}", *compared(rows, MEASURES[name], methods, regime=regime, noise=noise)]
-        for regime, noise in CELLS if by_seed(rows, regime=regime, noise=noise)]
-    header, *lines = map(list, zip(*lines)) if by_method else lines
-    return markdown(header, lines)
-
-
-def claims(rows: list[dict]) -> str:
-    """What is claimed for ICPO beside a better area, where the most rewards are flipped."""
-    cells = [cell for cell in CELLS if cell[1] == 0.35]
-    header = [f"{regime}: {shown}" for regime, _ in cells for shown in ("GRPO", "ICPO minus GRPO")]
-    return markdown(["35% flipped", *header], [
-        [name, *(field for regime, noise in cells
-                 for field in compared(rows, MEASURES[name], ["ICPO"], regime=regime, noise=noise))]
-        for name in ("overconfident", "confidence gap", "pass@8")])
-
-
-# --------------------------------------------------------------------------------------------- When to use it
-
-
-def with_smollm2(log: str) -> list[dict]:
-    """The rows of a log of the toy, and those of SmolLM2 as another regime."""
-    real = [row for row in rows_of(RESULTS / "real_model.jsonl") if row["model"] == "runs/smollm2"]
-    return rows_of(RESULTS / log) + [row | {"regime": "SmolLM2"} for row in real]
-
-
 def outcomes() -> list[dict]:
-    """The regimes, from the highest first agreement of GRPO down.
+    """The cells, SmolLM2's too, from the highest first agreement of GRPO down.
 
-    Each has a name, and by method three lists by seed: GRPO's first agreement, its area, and the difference.
+    Each has a name, GRPO's first agreements and areas by seed, and by method the differences of area.
     """
-    rows = {"ICPO": with_smollm2("study.jsonl"), "opposite": with_smollm2("opposite.jsonl")}
+    toy, real = rows_of(RESULTS / "study.jsonl"), rows_of(RESULTS / "real_model.jsonl")
+    rows = toy + [row | {"regime": "SmolLM2"} for row in real if row["model"] == "runs/smollm2"]
     found = []
     for regime, noise in [*CELLS, ("SmolLM2", 0.0), ("SmolLM2", 0.2)]:
-        cell = {"name": f"{regime}, {NOISES[noise]}"}
-        for method in rows:
-            agreement, area = (paired(rows[method], MEASURES[name], method, regime=regime, noise=noise)
-                               for name in ("first agreement", "area"))
-            cell[method] = agreement[0], *area
-        found.append(cell)
-    known = [cell for cell in found if len(cell["ICPO"][0]) > 1]
-    return sorted(known, key=lambda cell: -np.mean(cell["ICPO"][0]))
+        cell = dict(regime=regime, noise=noise)
+        if len(by_seed(rows, method="GRPO", **cell)) > 1:
+            agreements, areas = (paired(rows, MEASURES[name], "GRPO", **cell)[0] for name in ("first agreement", "area"))
+            found.append({"name": f"{regime}, {NOISES[noise]}", "agreement": agreements, "area": areas} | {
+                method: paired(rows, MEASURES["area"], method, **cell)[1] for method in METHODS if method != "GRPO"})
+    return sorted(found, key=lambda cell: -np.mean(cell["agreement"]))
 
 
-def when(cells: list[dict]) -> str:
-    """The table beside when.png."""
-    return markdown(
-        ["regime", "first agreement", "ICPO minus GRPO", "seeds", "GRPO's area", "opposite minus GRPO",
-         "seeds"],
-        [[cell["name"], level(cell["ICPO"][0]), difference(cell["ICPO"][2]), str(len(cell["ICPO"][2])),
-          level(cell["opposite"][1]), difference(cell["opposite"][2]), str(len(cell["opposite"][2]))]
-         for cell in cells])
+def area_table(cells: list[dict]) -> str:
+    """What decides: GRPO's first agreement and area, and the others' area minus GRPO's."""
+    others = [method for method in METHODS if method != "GRPO"]
+    return markdown(["area", "seeds", "first agreement", "GRPO", *others], [
+        [cell["name"], str(len(cell["ICPO"])), level(cell["agreement"]), level(cell["area"]),
+         *(difference(cell[method]) for method in others)] for cell in cells])
 
 
-# ---------------------------------------------------------------------------------------------------- Figures
-
-STYLES = {  # the colors are Okabe and Ito's
-    "GRPO": ("#444444", "-"), "ICPO": ("#0072B2", "-"), "adaptive": ("#009E73", "--"),
-    "alpha 0.4": ("#E69F00", "-"), "opposite": ("#D55E00", "-")}
-
-
-def drawing():
-    """pyplot, without a screen; None, and a line that says so, where there is no matplotlib."""
-    if not importlib.util.find_spec("matplotlib"):
-        print("no figure: pip install matplotlib", file=sys.stderr)
-        return None
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
+def verdict(cells: list[dict]) -> str:
+    """How many intervals of ICPO and opposite exclude 0, and on which side, in the cells of the built-in task."""
+    sides = []
+    for cell in cells:
+        for method, bet in (("ICPO", 1), ("opposite", -1)):
+            if len(cell[method]) > 1 and not cell["name"].startswith("SmolLM2"):
+                mean, half = interval(cell[method])
+                sides.append((abs(mean) > half) * math.copysign(1, bet * mean * np.mean(cell["agreement"])))
+    return (f"Of {len(sides)} intervals {sum(side != 0 for side in sides)} exclude 0: {sides.count(1)} on the side "
+            f"that the agreement names, {sides.count(-1)} on the other.")
 
 
-def band(ax, curves: list, color: str, style: str, label: str) -> None:
-    """Mean and 95% interval of curves (seeds, steps), themselves means of five steps."""
-    means = np.array([np.convolve(curve, np.ones(5) / 5, mode="valid") for curve in curves])
-    mean, half = map(np.array, zip(*(interval(column) for column in means.T)))
-    x = np.arange(5, 5 + len(mean))
-    ax.plot(x, mean, style, color=color, label=label, linewidth=1.6)
-    ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.16, linewidth=0)
+def claims_table(rows: list[dict]) -> str:
+    """What the abstract claims beside: GRPO's level in each cell, and ICPO's and opposite's difference from it."""
+    lines = []
+    for regime, noise in CELLS:
+        for method in ("GRPO", "ICPO", "opposite"):
+            values = [paired(rows, MEASURES[name], method, regime=regime, noise=noise) for name in CLAIMS]
+            shown = [level(base) if method == "GRPO" else difference(minus) for base, minus in values]
+            lines.append([f"{regime}, {NOISES[noise]}: {method}{'' if method == 'GRPO' else ' minus GRPO'}", *shown])
+    return markdown(["", *CLAIMS], lines)
 
 
-def draw_curves(rows: list[dict], path: Path) -> None:
-    """Four regimes side by side: accuracy of the samples, its difference to GRPO, and the agreement."""
-    plt = drawing()
-    columns = [(regime, noise, cell)
-               for regime, noise in [("98%", 0.2), ("slipping", 0.2), ("SmolLM2", 0.0), ("SmolLM2", 0.2)]
-               if (cell := [row for row in rows if (row["regime"], row["noise"]) == (regime, noise)])]
-    kinds = [("reward/verified", False, "fraction of samples correct"),
-             ("reward/verified", True, "that minus GRPO's\nof the same seed"),
-             ("preference/agreement", False, "agreement")]
-    _, axes = plt.subplots(3, len(columns), figsize=(2.9 * len(columns), 7.2), sharex="col", sharey="row",
-                           layout="constrained", squeeze=False)
-    for j, (regime, noise, cell) in enumerate(columns):
-        base = by_seed(cell, method="GRPO")
-        for i, (name, minus, label) in enumerate(kinds):
-            ax = axes[i, j]
-            for method, (color, style) in STYLES.items():
-                own = by_seed(cell, method=method)
-                curves = [np.array(own[seed][name]) - minus * np.array(base[seed][name])
-                          for seed in own if seed in base]
-                if len(curves) > 1:
-                    band(ax, curves, color, style, method)
-            ax.grid(alpha=0.25)
-            if i > 0:
-                ax.axhline(0, color="black", linewidth=0.8)
-            if j == 0:
-                ax.set_ylabel(label)
-        axes[0, j].set_title(f"{regime}, {NOISES[noise]}", fontsize=11)
-        axes[0, j].set_ylim(0, 1)
-        axes[-1, j].set_xlabel("training step")
-    lines = {label: line for ax in axes[0] for line, label in zip(*ax.get_legend_handles_labels())}
-    axes[0, 0].legend(lines.values(), lines, loc="lower right", frameon=False)
-    plt.savefig(path, dpi=150)
-    plt.close()
-    print(f"figure: {path}", file=sys.stderr)
+def variety_table(rows: list[dict]) -> str:
+    """Whether the method can act: distinct texts of a mixed group of GRPO, and how far ICPO's A is from GRPO's."""
+    def levels(regime, method, name):
+        return level([MEASURES[name](row) for row in rows
+                      if (row["regime"], row["method"], row["noise"]) == (regime, method, 0.0)])
+    return markdown(["clean", "distinct texts, first ten steps", "shift of A"], [
+        [regime, levels(regime, "GRPO", "distinct texts, first ten steps"), levels(regime, "ICPO", "shift of A")]
+        for regime in REGIMES])
+
+
+def tuning_table(rows: list[dict]) -> str:
+    """Area by alpha: GRPO's, and the others' minus GRPO's."""
+    return markdown(["area", *TUNING], [
+        [f"{regime}, {NOISES[noise]}", *compared(rows, MEASURES["area"], TUNING, regime=regime, noise=noise)]
+        for regime, noise in CELLS])
+
+
+# ----------------------------------------------------------------------------------------------------- Figure
 
 
 def draw_when(cells: list[dict], path: Path) -> None:
     """The area of ICPO and of opposite minus GRPO's, over GRPO's first agreement; a dotted line a regime."""
-    plt = drawing()
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     _, ax = plt.subplots(figsize=(9.4, 5.4), layout="constrained")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axvline(0, color="black", linewidth=0.8)
@@ -392,15 +350,15 @@ def draw_when(cells: list[dict], path: Path) -> None:
             ("ICPO", "#0072B2", "o", -0.011, "ICPO: the less probable response is preferred"),
             ("opposite", "#D55E00", "s", 0.011, "opposite: the more probable one is preferred")):
         for cell in cells:
-            if len(cell[method][2]) > 1:
-                mean, half = interval(cell[method][2])
-                ax.errorbar(np.mean(cell["ICPO"][0]) + shift, mean, half, fmt=marker, color=color, capsize=3,
+            if len(cell[method]) > 1:
+                mean, half = interval(cell[method])
+                ax.errorbar(np.mean(cell["agreement"]) + shift, mean, half, fmt=marker, color=color, capsize=3,
                             markersize=5, linewidth=1.4, label=label)
                 label = None
                 # Of two or three seeds an interval may be wider than all else: it leaves the picture.
-                edges += [mean - half, mean + half] if len(cell[method][2]) > 3 else [mean]
+                edges += [mean - half, mean + half] if len(cell[method]) > 3 else [mean]
     for i, cell in enumerate(cells):
-        x, top = np.mean(cell["ICPO"][0]), (1.03, 1.15)[i % 2]
+        x, top = np.mean(cell["agreement"]), (1.03, 1.15)[i % 2]
         ax.plot([x, x], [0, top], ":", color="#999999", linewidth=0.8, transform=ax.get_xaxis_transform(),
                 clip_on=False, zorder=0)
         ax.text(x, top, cell["name"].replace(", ", "\n"), ha="center", va="bottom",
@@ -416,33 +374,20 @@ def draw_when(cells: list[dict], path: Path) -> None:
     print(f"figure: {path}", file=sys.stderr)
 
 
-def report(rows: list[dict]) -> None:
-    """Prints the tables of the study, and draws the figures."""
-    cells = outcomes()
-    print("\n\n".join([table(rows, "area", METHODS), claims(rows), when(cells)]))
-    if cells and drawing():
-        draw_curves(with_smollm2("study.jsonl"), RESULTS / "curves.png")
-        draw_when(cells, RESULTS / "when.png")
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--all", action="store_true", help="every measure in every cell instead")
-    parser.add_argument("--tune", action="store_true", help="the search for the default instead")
+    parser.add_argument("--tune", action="store_true", help="larger alphas instead")
     args = parser.parse_args(arguments)
     if args.tune:
-        cells = [cell for cell in CELLS if cell[1] < 0.3]
-        jobs = plan(TUNING, TUNING_SEEDS, cells, evaluate=False)
-        print(table(complete(RESULTS / "tuning.jsonl", jobs, args, run, warm_starts), "area", TUNING, True))
+        print(tuning_table(complete(RESULTS / "tuning.jsonl", plan(TUNING, TUNING_SEEDS), args, run, warm_starts)))
         return
-    rows, opposite = (
-        complete(RESULTS / log, plan(methods, SEEDS, CELLS, evaluate=True), args, run, warm_starts)
-        for log, methods in (("study.jsonl", METHODS), ("opposite.jsonl", OPPOSITE)))
-    if args.all:
-        for found, methods in ((rows, METHODS), (opposite, OPPOSITE)):
-            print("\n\n".join(table(found, name, methods) for name in MEASURES) + "\n")
+    rows = complete(RESULTS / "study.jsonl", plan(METHODS, SEEDS), args, run, warm_starts)
+    cells = outcomes()
+    print("\n\n".join([area_table(cells), verdict(cells), claims_table(rows), variety_table(rows)]))
+    if importlib.util.find_spec("matplotlib"):
+        draw_when(cells, RESULTS / "when.png")
     else:
-        report(rows)
+        print("no figure: pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":
