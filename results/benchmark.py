@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from study import markdown
+from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTESTANTS = ("bare", "icpo", "trl", "trl best")

@@ -13,7 +13,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmark import HALF_B, ROOT, SAMPLING, SMALL, SMOLLM2, Clock, autocast
-from study import markdown
+from tables import markdown
 
 sys.path.insert(0, str(ROOT))
 

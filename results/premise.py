@@ -19,6 +19,7 @@ import torch
 import real_model  # which puts icpo.py in the path
 import icpo
 import study
+from tables import level, markdown
 from verify import verify
 
 CAPITALS = dict(pair.split(": ") for pair in (
@@ -87,11 +88,11 @@ def shown(row: dict, name: str) -> str:
     """Mean over the steps with its 95% interval; agreement of those where rewards differ in a group."""
     known = [value for value, alike in zip(row[name], row["groups/uniform_frac"])
              if name != "preference/agreement" or alike < 1]
-    return study.level(known) if len(known) > 1 else "unknown"
+    return level(known) if len(known) > 1 else "unknown"
 
 
 def table(rows: list[dict]) -> str:
-    return study.markdown(["task", "temperature", "tokens", *COLUMNS], [
+    return markdown(["task", "temperature", "tokens", *COLUMNS], [
         [row["task"], str(row["temperature"]), str(row["settings"]["max_new_tokens"]),
          *(shown(row, name) for name in COLUMNS.values())]
         for row in rows])
