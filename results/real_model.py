@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -23,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(RESULTS)]
 
 import icpo
 import study
+from tables import compared, markdown
 
 WEIGHTS = "runs/smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,15 +33,11 @@ SETTINGS = STEP | dict(
     train_data="examples/times_tables/train.jsonl",
     eval_data="examples/times_tables/test.jsonl",
     steps=30, lr=1e-5, eval_every=30, eval_rows=32, eval_samples=4)
-METHODS = {
-    "GRPO": dict(alpha=0.0),
-    "ICPO": dict(alpha=0.1),
-    "opposite": study.OPPOSITE["opposite"],
-}
+METHODS = {name: study.METHODS[name] for name in ("GRPO", "ICPO", "opposite")}
 NOISES = (0.0, 0.2)
-CURVES = (  # what the log keeps of each step
+CURVES = dict.fromkeys((  # what the log keeps of each step, to three digits
     "reward/verified", "entropy", "preference/agreement", "confidence/overconfident_frac", "length/mean",
-    "length/truncated_frac")
+    "length/truncated_frac", "distinct"), 3)
 MEASURES = {
     "area": study.MEASURES["area"],
     "mean@4": lambda row: row["eval/mean_at_k"][-1],
@@ -94,12 +92,9 @@ def located(model: str) -> str:
 def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
     data = {name: str(ROOT / job["settings"][name]) for name in ("train_data", "eval_data")}
-    rows = study.train(None, job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
+    rows = study.train(job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
                        **job["settings"] | data)
-    curves = {name: [round(row[name], 3) for row in rows[1:]] for name in CURVES}
-    evaluations = {name: [round(row[name], 4) for row in (rows[0], rows[-1])]
-                   for name in ("eval/accuracy", "eval/mean_at_k", "eval/pass_at_k")}
-    return job | evaluations | curves
+    return job | study.kept(rows, CURVES)
 
 
 def plan(model: str, seeds: int) -> list[dict]:
@@ -113,9 +108,18 @@ def plan(model: str, seeds: int) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """Clean and flipped, each measure: GRPO's level, and the other methods minus GRPO's on the same seeds."""
-    return study.markdown(["SmolLM2", *METHODS], [
-        [f"{name}, {study.NOISES[noise]}", *study.compared(rows, measure, METHODS, noise=noise)]
+    return markdown(["SmolLM2", *METHODS], [
+        [f"{name}, {study.NOISES[noise]}", *compared(rows, measure, METHODS, noise=noise)]
         for noise in NOISES for name, measure in MEASURES.items()])
+
+
+def variety(rows: list[dict]) -> str:
+    """How many distinct texts a mixed group had; "" if no run tells, since older ones do not."""
+    known = [distinct for row in rows for distinct in row.get("distinct", [])[:study.FIRST] if distinct]
+    if not known:
+        return ""
+    return (f"In the first ten steps, a group with both correct and wrong responses had {mean(known):.2f} "
+            "distinct texts on average.")
 
 
 def model_of(name: str) -> str:
@@ -145,7 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(WEIGHTS)
         return
     jobs = plan(args.model, args.seeds)
-    print(table(study.complete(RESULTS / "real_model.jsonl", jobs, args, run, lambda *_: prepare(args.model))))
+    rows = study.complete(RESULTS / "real_model.jsonl", jobs, args, run, lambda *_: prepare(args.model))
+    print("\n\n".join(filter(None, [table(rows), variety(rows)])))
 
 
 if __name__ == "__main__":
