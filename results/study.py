@@ -293,7 +293,7 @@ def draw_when(cells: list[dict], path: Path) -> None:
             ("opposite", "#D55E00", "s", 0.011, "opposite: the more probable one is preferred")):
         known = [cell for cell in cells if len(cell[method]) > 1]
         x = [np.mean(cell["agreement"]) + shift for cell in known]
-        mean, half = np.array([interval(cell[method]) for cell in known]).T
+        mean, half = np.array([interval(cell[method]) for cell in known]).reshape(-1, 2).T  # also of none
         ax.errorbar(x, mean, half, fmt=marker, color=color, capsize=3, markersize=5, linewidth=1.4,
                     label=label)
         # Of two or three seeds an interval may be wider than all else: it leaves the picture.

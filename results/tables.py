@@ -1,6 +1,6 @@
 """What the tables here are made of: means, their 95% intervals, and differences paired by seed, as Markdown.
 
-Rows are those of a log, each with a seed, a method, and what names its cell. A measure is a function of a row.
+Rows are those of a log, each with a seed, a method, and what tells its cell. A measure is a function of one.
 """
 
 import numpy as np

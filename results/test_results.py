@@ -19,6 +19,7 @@ import icpo
 import premise
 import real_model
 import study
+import tables
 from test_icpo import rows_of, tiny
 from verify import verify
 
@@ -29,14 +30,18 @@ README, TABLES = ((folder / "README.md").read_text() for folder in (RESULTS.pare
 # ----------------------------------------------------------------------------------- The tables of the README
 
 
-def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
-    monkeypatch.setattr(study, "drawing", lambda: None)
+def test_tables_are_those_of_the_logs(monkeypatch, capsys):
+    monkeypatch.setattr(study, "draw_when", lambda *_: None)
     assert benchmark.table(json.loads((RESULTS / "benchmark.json").read_text())) in TABLES
-    for main in (study.main, real_model.main, premise.main):
-        main([])
+    reported = "Not yet run." not in TABLES  # until then the study's log is empty or growing
+    tuned = reported and (RESULTS / "tuning.jsonl").exists()
+    for main, arguments, is_compared in (
+            (study.main, [], reported), (study.main, ["--tune"], tuned), (real_model.main, [], True),
+            (premise.main, [], True)):
+        main(arguments)
         parts = capsys.readouterr().out.strip().split("\n\n")
-        assert parts and all(part in TABLES for part in parts), parts
-    for quoted in re.findall(r"[+−]\d\.\d{3} ± \d\.\d{3}", README):
+        assert parts and (not is_compared or all(part in TABLES for part in parts)), parts
+    for quoted in re.findall(r"[+−]?\d\.\d{3} ± \d\.\d{3}", README) if reported else ():
         assert quoted.replace("−", "-") in TABLES, quoted
     first = rows_of(RESULTS / "first_run.jsonl")
     ends = ", ".join(f"{row['eval/accuracy']:.3f}" for row in first if row["step"] == 60)
@@ -56,44 +61,78 @@ def test_tables_and_figures_are_those_of_the_logs(monkeypatch, capsys):
 
 
 def test_an_interval_of_paired_differences_by_hand():
-    areas = {"GRPO": [0.1, 0.3, 0.5, 0.7], "ICPO": [0.2, 0.4, 0.7, 0.7], "adaptive": [0.3] * 4}
-    rows = [dict(regime="98%", noise=0.2, method=method, seed=seed, area=area)
+    areas = {"GRPO": [0.1, 0.3, 0.5, 0.7], "ICPO": [0.2, 0.4, 0.7, 0.7], "opposite": [0.3] * 4}
+    rows = [dict(regime="holds", noise=0.2, method=method, seed=seed, area=area)
             for method in areas for seed, area in enumerate(areas[method])]
+    rows.append(dict(regime="fails", noise=0.2, method="ICPO", seed=0, area=9.0))
     # Differences 0.1, 0.1, 0.2, 0: mean 0.1, std sqrt(0.02 / 3); t is 3.182 for 3 degrees of freedom
     half = 3.182 * math.sqrt(0.02 / 3) / 2
-    line = study.table(rows, "area", areas).splitlines()[2]
-    assert line.startswith(f"| 98%, 20% flipped | 0.400 ± 0.411 | +0.100 ± {half:.3f} | -0.100 ±")
-    assert study.difference([0.1, 0.11, 0.12]) == "**+0.110 ± 0.025**" and study.difference([0.1]) == ""
+    shown = tables.compared(rows, lambda row: row["area"], areas, regime="holds", noise=0.2)
+    assert shown[:2] == ["0.400 ± 0.411", f"+0.100 ± {half:.3f}"] and shown[2].startswith("-0.100 ±")
+    assert tables.difference([0.1, 0.11, 0.12]) == "**+0.110 ± 0.025**" and tables.difference([0.1]) == ""
+    assert [tables.side(x) for x in ([0.1, 0.11], [-0.1, -0.11], [0.1, 0.13], [0, 0])] == [1, -1, 0, 0]
 
 
-def test_outcomes_by_hand(tmp_path, monkeypatch):
-    """Only the first ten steps tell the agreement, and only seeds that both methods have are compared."""
-    def row(method, seed, area, agreement, **cell):
-        return cell | {"method": method, "seed": seed, "reward/verified": [area - 0.1, area + 0.1] * 6,
-                       "preference/agreement": [agreement] * 10 + [-9, -9]}
-    toy, real = dict(regime="slipping", noise=0.35), dict(model="runs/smollm2", noise=0.0)
+def logged(agreement, by_method, name="holds", noise=0.0):
+    """Rows of a cell, by method the areas by seed, whose agreement after ten steps would mislead."""
+    return [{"regime": name, "noise": noise, "method": method, "seed": seed, "model": "runs/smollm2",
+             "reward/verified": [area - 0.1, area + 0.1] * 6,
+             "preference/agreement": [agreement + seed / 10 if method == "GRPO" else 9] * 10 + [-9, -9]}
+            for method, areas in by_method.items() for seed, area in areas.items()]
+
+
+def test_what_decides_by_hand(tmp_path, monkeypatch):
+    """The agreement is of GRPO's first ten steps, and only seeds that both methods have are compared."""
     logs = {
-        "study": [row(method, seed, 0.5 + seed / 10 + gain, 0.1 * seed - 0.3, **toy)
-                  for method, gain in (("GRPO", 0), ("ICPO", -0.1)) for seed in range(4 if gain else 5)],
-        "real_model": [row("GRPO", 0, 0.5, 0.2, **real), row("ICPO", 0, 0.6, 0.9, **real),
-                       row("GRPO", 1, 0.5, 0.4, **real), row("ICPO", 1, 0.8, 0.9, **real),
-                       row("ICPO", 0, 0.0, 0.9, **real | dict(model="another"))],
-        "opposite": [row("GRPO", 0, 0.6, -0.9, **toy), row("opposite", 0, 0.9, -0.9, **toy)]}
+        "study": [
+            # The agreement is above 0: ICPO's gain lies on its side, and so does the opposite bet's loss.
+            *logged(0.2, {"GRPO": {0: 0.5, 1: 0.6, 2: 0.7}, "ICPO": {1: 0.65, 2: 0.752, 5: 0.1},
+                          "opposite": {0: 0.3, 1: 0.4, 2: 0.503}}),
+            # Below 0: ICPO's gain lies on the other side; the opposite bet's interval has 0 in it.
+            *logged(-0.4, {"GRPO": {0: 0.5, 1: 0.5}, "ICPO": {0: 0.6, 1: 0.602}, "opposite": {0: 0.4, 1: 0.7},
+                           "chosen": {0: 0.6, 1: 0.602}}, "fails", 0.35),
+            # One seed in common has no interval, and one seed of GRPO makes no row.
+            *logged(-0.9, {"GRPO": {0: 0.5, 1: 0.5}, "ICPO": {0: 0.9, 2: 0.9}}, "fails"),
+            *logged(-0.9, {"GRPO": {0: 0.5}, "ICPO": {0: 0.9}}, "fails", 0.2)],
+        "real_model": [
+            *logged(-0.6, {"GRPO": {0: 0.5, 1: 0.5}, "ICPO": {0: 0.8, 1: 0.801}}),
+            *({**row, "model": "another"} for row in logged(0.6, {"GRPO": {7: 0.9}, "ICPO": {0: 0.1}}))]}
     for name, rows in logs.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     cells = study.outcomes()
-    assert [cell["name"] for cell in cells] == ["SmolLM2, clean", "slipping, 35% flipped"]
-    for cell, known in zip(cells, ([[0.2, 0.4], [0.5, 0.5], [0.1, 0.3]],
-                                   [[-0.3, -0.2, -0.1, 0.0], [0.5, 0.6, 0.7, 0.8], [-0.1] * 4])):
-        for own, expected in zip(cell["ICPO"], known):
-            assert own == pytest.approx(expected)
-    assert cells[1]["opposite"][2] == pytest.approx([0.3])
-    assert study.when(cells).splitlines()[-1] == (
-        "| slipping, 35% flipped | -0.150 ± 0.205 | **-0.100 ± 0.000** | 4 |  |  | 1 |")
+    assert [cell["name"] for cell in cells] == [
+        "holds, clean", "fails, 35% flipped", "SmolLM2, clean", "fails, clean"]
+    for cell, known in zip(cells, (
+            [[0.2, 0.3, 0.4], [0.5, 0.6, 0.7], [0.05, 0.052], [-0.2, -0.2, -0.197]],
+            [[-0.4, -0.3], [0.5, 0.5], [0.1, 0.102], [-0.1, 0.2]],
+            [[-0.6, -0.5], [0.5, 0.5], [0.3, 0.301], []],
+            [[-0.9, -0.8], [0.5, 0.5], [0.4], []])):
+        for name, expected in zip(("agreement", "area", "ICPO", "opposite"), known):
+            assert cell[name] == pytest.approx(expected)
+    # t is 4.303 and 12.706 for 2 and 1 degrees of freedom.
+    assert study.area_table(cells).splitlines()[2:4] == [
+        "| holds, clean | 2 | 0.300 ± 0.248 | 0.600 ± 0.248 | **+0.051 ± 0.013** | **-0.199 ± 0.004** |  |",
+        "| fails, 35% flipped | 2 | -0.350 ± 0.635 | 0.500 ± 0.000 | **+0.101 ± 0.013** | +0.050 ± 1.906 "
+        "| **+0.101 ± 0.013** |"]
+    assert study.verdict(cells) == (
+        "Of 4 intervals 3 exclude 0: 2 on the side that the agreement names, 1 on the other.")
     if importlib.util.find_spec("matplotlib"):
         study.draw_when(cells, tmp_path / "when.png")
         assert (tmp_path / "when.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_variety_by_hand():
+    def group(*responses):
+        return [{"response": text, "reward": reward} for text, reward in responses]
+
+    mixed = group(("5+7=12", 1.0), ("7+5=12", 1.0), ("5+7=12", 1.0), ("5+7=2", 0.0))
+    right, wrong = group(*[("12", 1.0)] * 4), group(("1", 0.0), ("2", 0.0), ("3", 0.0), ("3", 0.0))
+    # Correct texts: 2, 1 and none. Of all texts, only the mixed group's three count.
+    assert study.variety(mixed + right + wrong, 4) == {"ways": 1.0, "distinct": 3.0}
+    assert study.variety(right + wrong, 4) == {"ways": 0.5, "distinct": None}
+    # In pairs, only the one with both a right and a wrong text is mixed.
+    assert study.variety(mixed, 2) == {"ways": 1.5, "distinct": 2.0}
 
 
 # ------------------------------------------------------------------------------------------------- Real model
@@ -146,24 +185,35 @@ def test_real_model_runs_what_is_missing_and_no_more(small, tiny, capsys):
     assert [(row["noise"], row["seed"], row["method"]) for row in rows] == [
         (noise, seed, method)
         for noise in (0.0, 0.2) for seed in (0, 1) for method in ("GRPO", "ICPO", "opposite")]
-    assert all(len(row["entropy"]) == len(row["eval/mean_at_k"]) == 2 for row in rows)
+    assert all(len(row[name]) == 2 for row in rows for name in ("entropy", "distinct", "eval/mean_at_k"))
     # Paired: what the first step samples is the same for every method
     assert len({row["entropy"][0] for row in rows if row["seed"] == 0}) == 1
     assert "| area, clean | " in shown and "| entropy, 20% flipped | " in shown
 
 
+def test_distinct_texts_are_told_of_the_first_ten_steps_and_of_the_runs_that_know():
+    known = {"distinct": [7.0, None, 8.0] + [6.0] * 7 + [1.0]}
+    assert real_model.variety([{"entropy": [1.0]}, known]) == (
+        "In the first ten steps, a group with both correct and wrong responses had 6.33 distinct texts on "
+        "average.")
+    assert real_model.variety([{"entropy": [1.0]}, {"distinct": [None]}]) == ""
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # nothing is correct after so short a warm start
 def test_study_runs_what_is_missing_and_no_more(small, monkeypatch, capsys):
-    methods = {method: study.METHODS[method] for method in ("GRPO", "adaptive")}
+    methods = {name: study.METHODS[name] | dict(eval_samples=1) for name in ("GRPO", "ICPO", "chosen")}
     for name, value in dict(
-            RESULTS=small, WARM_STARTS=small / "study", REGIMES={"98%": dict(task_warmup_steps=2)},
-            CELLS=[("98%", 0.2)], METHODS=methods, SEEDS=range(2), STEPS=2).items():
+            RESULTS=small, WARM_STARTS=small / "study", REGIMES={"holds": dict(task_warmup_steps=20)},
+            CELLS={"holds, 20% flipped": dict(regime="holds", noise=0.2)}, METHODS=methods, SEEDS=range(2),
+            STEPS=2).items():
         monkeypatch.setattr(study, name, value)
     shown, rows = twice(study.main, ["--run"], small / "study.jsonl", capsys)
     assert [(row["seed"], row["method"]) for row in rows] == [
-        (0, "GRPO"), (0, "adaptive"), (1, "GRPO"), (1, "adaptive")]
-    assert [row["method"] for row in rows_of(small / "opposite.jsonl")] == ["GRPO", "opposite"] * 2
-    assert all(len(row["entropy"]) == len(row["eval/pass_at_k"]) == 2 for row in rows)
-    assert rows[0]["entropy"][0] == rows[1]["entropy"][0] and "| area | GRPO | adaptive |" in shown
+        (seed, method) for seed in (0, 1) for method in ("GRPO", "ICPO", "chosen")]
+    assert all(len(row[name]) == 2 for row in rows for name in (*study.CURVES, "eval/pass_at_k"))
+    # Paired: what the first step samples is the same for every method, and another for another seed
+    assert len({row["entropy"][0] for row in rows[:3]}) == 1 != len({row["entropy"][0] for row in rows})
+    assert "| holds, 20% flipped | 2 | " in shown and "| holds, 20% flipped: ICPO minus GRPO | " in shown
 
 
 def is_odd(response, reference):
@@ -173,36 +223,73 @@ def is_odd(response, reference):
 
 
 VERIFIED = []
+ODD = dict(train_data=str(RESULTS.parent / "examples/times_tables/train.jsonl"), reward="test_results:is_odd",
+           device="cpu", max_new_tokens=4, group_size=4)
 
 
-def test_flipped_rewards_are_trained_on_and_the_verifiers_say_what_is_correct(small, tiny):
-    own, trained_on = (icpo.icpo_advantage, icpo.rollout_metrics), []
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of icpo_advantage."""
+    calls, own = [], icpo.icpo_advantage
+    monkeypatch.setattr(icpo, "icpo_advantage", lambda *args: calls.append(args) or own(*args))
+    return calls
 
-    def advantage(rewards, l, *rest):
-        trained_on.append((rewards, l))
-        return own[0](rewards, l, *rest)
 
-    settings = dict(model=str(tiny), train_data=str(RESULTS.parent / "examples/times_tables/train.jsonl"),
-                    reward="test_results:is_odd", device="cpu", steps=1, max_new_tokens=4, lr=1e-30)
+def normalized(values):
+    mean, spread = sum(values) / len(values), torch.tensor(values).std().item()
+    return [(value - mean) / spread for value in values]
+
+
+def test_flipped_rewards_are_trained_on_and_the_verifiers_say_what_is_correct(small, tiny, calls):
+    own, settings = dict(vars(icpo)), ODD | dict(model=str(tiny), steps=1, lr=1e-30)
     VERIFIED.clear()
-    row = study.train(advantage, 0.3, **settings)[-1]
-    assert own == (icpo.icpo_advantage, icpo.rollout_metrics)
-    (noisy, l), clean = trained_on[0], torch.tensor(VERIFIED).view(16, 8)
+    row = study.train(0.3, **settings)[-1]
+    assert vars(icpo) == own  # nothing stays patched
+    (noisy, l, alpha, beta, _), clean = calls[0], torch.tensor(VERIFIED).view(16, 4)
     flips = noisy != clean
     assert 0.2 < flips.float().mean() < 0.4 and torch.equal(noisy[flips], 1 - clean[flips])
     assert row["reward/verified"] == pytest.approx(clean.mean().item())
     assert row["confidence/correct"] == pytest.approx(l[clean == 1].mean().item())
     assert row["reward/std"] == pytest.approx(noisy.std(dim=1).mean().item())
-    pull = []
+    assert row["ways"] <= clean.sum(dim=1).mean() and (alpha, beta) == (0.1, 10.0)
+    pull, shift = [], []
     for R, x in zip(noisy.tolist(), l.tolist()):
-        mean, spread = sum(R) / 8, torch.tensor(R).std().item()
-        pull += [(R[i] - mean) / spread * sum(math.tanh(5 * (x[j] - x[i])) for j in range(8) if j != i)
-                 for i in range(8) if spread]
+        if len(set(R)) == 2:
+            A = normalized(R)
+            s = [sum(math.tanh(5 * (x[j] - x[i])) for j in range(4)) / 3 for i in range(4)]
+            joined = normalized([R[i] + 0.1 * s[i] for i in range(4)])
+            pull += [A[i] * s[i] for i in range(4)]
+            shift += [abs(joined[i] - A[i]) for i in range(4)]
+    assert 0 < len(shift) < 64  # some groups were uniform
     assert row["preference/agreement"] == pytest.approx(sum(pull) / sum(map(abs, pull)), abs=1e-4)
-    flipped = study.train(None, 1.0, **settings)[-1]
-    unflipped = study.train(None, 0.0, **settings)[-1]
+    assert row["shift"] == pytest.approx(sum(shift) / len(shift), rel=1e-4)
+    flipped, unflipped = (study.train(noise, **settings)[-1] for noise in (1.0, 0.0))
     assert flipped["reward/verified"] == unflipped["reward/verified"] == row["reward/verified"]
     assert flipped["preference/agreement"] == pytest.approx(-unflipped["preference/agreement"], abs=1e-5)
+    assert study.train(0.3, **settings, alpha=0.0)[-1]["shift"] == 0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_chosen_is_grpo_at_first_and_then_bets_as_the_agreement_says(sign, small, tiny, calls, monkeypatch):
+    """The mean of the first steps decides, not the last of them, nor what comes later."""
+    given, own = [0.5, -0.2, -0.9, -0.9], icpo.rollout_metrics
+
+    def with_agreement(*args):
+        return own(*args) | {"preference/agreement": sign * given[(len(calls) - 1) % 4]}
+
+    monkeypatch.setattr(study, "FIRST", 2)
+    monkeypatch.setattr(icpo, "rollout_metrics", with_agreement)
+    settings = ODD | dict(model=str(tiny), steps=4, lr=1e-2, prompts_per_step=4)
+    chosen = study.train(0.2, chosen=True, alpha=0.1, **settings)[1:]
+    assert [alpha for _, _, alpha, _, _ in calls] == [0, 0, 0.1, 0.1]
+    assert [beta for _, _, _, beta, _ in calls[2:]] == [sign * 10.0] * 2
+    grpo = study.train(0.2, alpha=0.0, **settings)[1:]
+    untimed = [[{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+               for rows in (chosen, grpo)]
+    assert untimed[0][:2] == untimed[1][:2]
+    # The third step still samples what GRPO samples, and is the first to update otherwise.
+    assert chosen[2]["entropy"] == grpo[2]["entropy"] and chosen[2]["grad_norm"] != grpo[2]["grad_norm"]
+    assert chosen[3]["entropy"] != grpo[3]["entropy"]
 
 
 def test_premise_measures_what_is_missing_and_no_more(small, tiny, capsys):
@@ -222,15 +309,6 @@ def test_the_premise_is_what_the_first_step_of_a_run_shows(small, tiny, tmp_path
     metrics, _ = icpo.train_step(policy, tokenizer, eos_ids, optimizer, examples, verify, config)
     assert len(row["entropy"]) == 2
     assert all(row[name][0] == round(metrics[name], 3) for name in premise.COLUMNS.values())
-
-
-def test_adaptive_by_hand():
-    rewards, l = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([[-1.0, -2.0, -2.0, -2.0]])
-    # The more probable response is the right one: agreement -1, alpha 0
-    assert torch.equal(study.adaptive(rewards, l, 0.4, 10.0), icpo.group_advantage(rewards))
-    # The less probable one is: agreement 1, alpha as given
-    expected = icpo.icpo_advantage(rewards, -l, 0.4, 10.0)
-    assert torch.equal(study.adaptive(rewards, -l, 0.4, 10.0), expected)
 
 
 @pytest.mark.parametrize("response, right", [
