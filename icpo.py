@@ -29,11 +29,6 @@ left), T positions for the response (padded on the right), V vocabulary size:
   alpha, beta weight of s, sharpness of the comparison
 """
 
-import sys
-
-if sys.version_info < (3, 11):
-    sys.exit(f"icpo.py: error: Python {sys.version_info[0]}.{sys.version_info[1]}; 3.11 or newer is needed")
-
 import argparse
 import copy
 import inspect
@@ -41,28 +36,27 @@ import json
 import os
 import pkgutil
 import re
-import signal
-import zlib
+import shutil
+import sys
 from collections import Counter
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
-from time import perf_counter
-from typing import Literal, NamedTuple, get_args
+from time import strftime
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText,
-    AutoTokenizer, DynamicCache, GenerationConfig, PretrainedConfig, set_seed)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig,
+    PreTrainedTokenizerFast, set_seed)
 from transformers.utils import logging
 
 # ------------------------------------------------------------------------------------------------- The method
@@ -123,7 +117,9 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
         A = group_advantage(R + alpha * s)
 
     alpha = 0 is GRPO's A, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha
-    is below 1/2, and A has the sign of GRPO's if alpha is below 1/G. Groups of equal rewards get 0 [ours]:
+    is below 1/2, and A has the sign of GRPO's if alpha is below 1/G. If then all correct responses of a group
+    share one l, and all wrong ones another, R + alpha * s is an increasing affine function of R, and A is
+    GRPO's: ICPO acts where correct responses, or wrong ones, differ in l. Groups of equal rewards get 0 [ours]:
     with only s left, normalizing would blow it up to the size of a reward, and a model that errs at random
     would collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
@@ -241,12 +237,11 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
-    ids, lengths = prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths)
-    unfinished = torch.ones_like(lengths, dtype=torch.bool)
     log_probs, entropies = torch.zeros(2, B, T, dtype=torch.float32, device=device)
-    # The loop fills these tensors in place. `unfinished` is rollout.truncated: True for what is left.
-    rollout = Rollout(prompt_ids, prompt_lengths, ids, lengths, unfinished, log_probs, entropies)
-    positions = rollout.positions
+    # The loop fills the rollout in place. What is unfinished at its end is truncated.
+    rollout = Rollout(prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler),
+                      torch.zeros_like(prompt_lengths), prompt_lengths > 0, log_probs, entropies)
+    positions, unfinished = rollout.positions, rollout.truncated
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
     eos = torch.tensor(eos_ids, device=device)
@@ -254,8 +249,8 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
     new_ids = prompt_ids[rows]
 
-    with torch.autocast("cuda", torch.bfloat16, enabled=ids.is_cuda):
-        for t in tqdm(range(T), "tokens", leave=False, delay=5):
+    with torch.autocast("cuda", torch.bfloat16, enabled=prompt_ids.is_cuda):
+        for t in tqdm(range(T), "tokens", leave=False, delay=5, disable=None):
             seen = positions[rows, :t - T]  # of the N + T positions, the N + t that have a token by now
             logits = response_logits(model, new_ids, seen, 1, cache)[:, 0]
             if t == 0:  # the prompts have been read: from here on, a row for each response
@@ -271,10 +266,10 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
                 token = token.clamp(max=p.shape[-1] - 1)  # NaN gives id V, which crashes a GPU process
             else:
                 token = log_p.argmax(dim=-1, keepdim=True)
-            ids[rows, t, None] = token
+            rollout.ids[rows, t, None] = token
             log_probs[rows, t, None] = log_p.gather(1, token)
             entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
-            lengths += unfinished
+            rollout.lengths += unfinished
             unfinished[rows] = ~torch.isin(token.squeeze(1), eos)
 
             stay = unfinished[rows].nonzero().squeeze(1)  # waits for the GPU
@@ -310,7 +305,7 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
     return torch.where(rollout.mask, torch.cat(scores, dim=1), 0)
 
 
-# ------------------------------------------------------------------------------------------ One training step
+# -------------------------------------------------------------------- From token ids to rewards and metrics
 
 class UserError(Exception):
     """An error that the user can fix: shown as one line, exit status 2."""
@@ -322,9 +317,61 @@ def require(holds, message):
         raise UserError(message)
 
 
-UNEQUAL = "sampled (with a cache) and scored log-probs differ by {:.2g} nats a token: use another model"
 LOGGER = logging.get_logger("icpo")
 
+
+class Example(NamedTuple):
+    prompt: str        # as it stands in the file
+    reference: object  # what the reward function compares with, as it stands in the file
+    ids: list[int]     # the whole prompt in tokens: system prompt, chat template and suffix included
+    opening: str = ""  # the <think> that ends the prompt, where it does: the response begins with it
+
+
+def texts_of(rollout, tokenizer, examples):
+    """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
+    G = len(rollout.lengths) // len(examples)
+    texts = [tokenizer.decode(ids if truncated else ids[:-1], clean_up_tokenization_spaces=False)
+             for ids, truncated in zip(rollout.responses(), rollout.truncated.tolist())]
+    return [examples[b // G].opening + text for b, text in enumerate(texts)]
+
+
+def score_responses(reward, responses, examples):
+    """Rewards (P, G) float32 of G responses to each example, and which calls failed, (P, G) bool.
+
+    A failed call scores as the lowest of its group (0 if all of it failed): never above a wrong answer.
+    """
+    G, values = len(responses) // len(examples), []
+    for i, response in enumerate(responses):
+        try:
+            # A copy, since a function that changes its reference would change it for all later calls.
+            values.append(float(reward(response, copy.deepcopy(examples[i // G].reference))))
+        except (Exception, SystemExit):  # one response must not end a run of hours
+            values.append(torch.nan)
+            LOGGER.warning_once("\na reward failed; reward/errors and eval/errors count them", exc_info=True)
+    rewards = torch.tensor(values, dtype=torch.float32).view(-1, G)
+    failed = ~rewards.isfinite()
+    lowest = rewards.masked_fill(failed, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0)
+    return torch.where(failed, lowest, rewards), failed
+
+
+def rollout_metrics(rollout, rewards, confidence, beta):
+    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
+
+    preference/agreement, in [-1, 1]: do the less probable responses (whatever beta's sign) earn the reward?
+    """
+    correct, surest = rewards > 0.5, confidence.argmax(dim=1, keepdim=True)
+    agreement = group_advantage(rewards) * preference_advantage(confidence, abs(beta))
+    values = {
+        "reward/verified": rewards, "groups/uniform_frac": uniform_groups(rewards),
+        "preference/agreement": agreement.sum() / agreement.abs().sum().clamp(min=1e-9),
+        "confidence/correct": confidence[correct], "confidence/wrong": confidence[~correct],
+        "confidence/overconfident_frac": correct.any(dim=1, keepdim=True) & ~correct.gather(1, surest),
+        "entropy": rollout.entropies[rollout.mask],
+        "length/mean": rollout.lengths, "length/truncated_frac": rollout.truncated}
+    return {name: value.float().mean().item() if value.numel() else None for name, value in values.items()}
+
+
+# ------------------------------------------------------------------------------------------ One training step
 
 @torch.enable_grad()  # the user's reward function may have switched gradients off
 def update(policy, optimizer, rollout, advantages, config, ref_model=None):
@@ -346,8 +393,8 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     skipped = 0
     for epoch in range(config.inner_epochs):
         policy.zero_grad()  # all of it: weights that the optimizer lacks count in the norm, too
-        sums = Counter()
-        for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5)):
+        sums = Counter()  # reads as 0 where a key is missing: kl_ref without a reference, all without rows
+        for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5, disable=None)):
             batch = rollout.select(chunk)
             log_probs = token_log_probs(policy, batch, config.temperature)
             if epoch == 0:  # before any step these are log pi_old, by the same kernels: the ratio is 1
@@ -363,12 +410,11 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
             stats["difference"] = (old_log_probs[i] - batch.log_probs).abs().sum()
             for name, value in stats.items():
                 sums[name] += value
-        # A Counter reads as 0 where a key is missing: kl_ref without a reference, or everything without rows.
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
         in_bf16 = rollout.ids.is_cuda or policy.dtype == torch.bfloat16
         # AdamW has no state before its first step (plain SGD never has).
         require(optimizer.state or means["difference"] <= (0.1 if in_bf16 else 0.01),
-                f"--model: {UNEQUAL.format(means['difference'])}")
+                f"sampled and scored log-probs differ by {means['difference']:.2g} nats per token")
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if isfinite(sums["loss"] + norm):
             optimizer.step()
@@ -386,27 +432,23 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     reward: f(response, reference) -> float. Raises UserError if log-probs are not finite or, while the
     optimizer has no state, if every reward fails or the model scores otherwise than it samples.
     """
-    P, G, start = len(examples), config.group_size, perf_counter()
+    P, G = len(examples), config.group_size
     # 1. Sample.
     prompts = [example.ids for example in examples]
     rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
     responses = texts_of(rollout, tokenizer, examples)
-    sampled = perf_counter()
     # 2. Verify.
-    rewards, errors = score_responses(reward, responses, examples)
-    require(optimizer.state or len(errors) < P * G,  # all of the first: the function is broken
-            f"--reward {config.reward}: all {P * G} calls of the first step failed: {errors[:1]}")
+    rewards, failed = score_responses(reward, responses, examples)
+    require(optimizer.state or not failed.all(), f"--reward {config.reward}: all calls of the first step failed")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
     # 4. and 5. Preference advantage, joined with the reward. icpo_advantage does both.
     advantages = icpo_advantage(rewards, confidence, config.alpha, config.beta, config.keep_uniform_groups)
-    scored = perf_counter()
     # 6. Update.
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
-    metrics |= {"reward/errors": len(errors), "time/sample": sampled - start, "time/score": scored - sampled,
-                "time/update": perf_counter() - scored}
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
+    metrics["reward/errors"] = failed.sum().item()
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
                 "response": responses[b], "reward": r, "confidence": l, "advantage": A}
@@ -418,34 +460,34 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 
 @dataclass
 class Config:
-    """The flags of the command line: group_size is --group-size, and the comments make its --help."""
+    """The flags of the command line: group_size is --group-size, and the comments are its --help."""
 
     # What to train, and on what
-    model: str = ""  # model directory or hub name; without it the built-in task runs
-    train_data: str = ""  # JSON Lines of prompts and reference answers, for --model
+    model: str = ""  # model folder or hub name; without it the task of examples/addition.py is trained
+    train_data: str = ""  # JSON Lines of prompts and reference answers
     eval_data: str = ""  # the same, held out; without it nothing is evaluated
     prompt_key: str = "prompt"  # key of the prompt in a line
     answer_key: str = "answer"  # key of the reference answer in a line
     system_prompt: str = ""  # system message; without a chat template, text before every prompt
     prompt_suffix: str = ""  # text after every prompt
     no_chat_template: bool = False  # use prompts as they are, without the chat template
-    reward: str = "verify:verify"  # module:function, called as f(response, reference) -> float
+    chat_template_kwargs: str = "{}"  # JSON for the chat template, such as '{"enable_thinking": false}'
+    reward: str = ""  # module:function, called as f(response, reference) -> float; by default verify.py's verify
     # The run
-    output_dir: str = ""  # the run's own folder, by default runs/<model's name, or addition>
-    resume: bool = False  # continue from the last checkpoint in --output-dir
-    save_every: int = 20  # steps between checkpoints
+    output_dir: str = ""  # the run's own folder, new or empty; by default runs/<model>-<date>-<time>
+    resume: str = ""  # folder of a run to continue with its settings, except for the flags that are given
+    save_every: int = 10  # steps between checkpoints
     seed: int = 0  # every random number follows from the seed and the step
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a GPU, if there is one
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
     # Sampling and optimization
-    steps: int = 500  # training steps in all, also after --resume (built-in task: 60)
+    steps: int = 500  # training steps in all, those before --resume included
     prompts_per_step: int = 16  # prompts in a step (P)
     group_size: int = 8  # responses to each prompt (G)
-    max_new_tokens: int = 512  # longest response in tokens (built-in task: 32)
-    max_prompt_tokens: int = 512  # longer prompts are skipped
+    max_new_tokens: int = 512  # longest response in tokens
     temperature: float = 1.0  # of sampling and scoring alike
     inner_epochs: int = 1  # optimizer steps on each rollout (PPO's epochs, GRPO's mu)
-    micro_batch: int = 8  # rows in a forward pass; changes memory and speed only (built-in task: 128)
-    lr: float = 1e-6  # AdamW's learning rate (built-in task: 1e-4)
+    micro_batch: int = 8  # rows in a forward pass; changes memory and speed only
+    lr: float = 1e-6  # AdamW's learning rate
     warmup_steps: int = 5  # steps in which the learning rate rises linearly
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
@@ -455,95 +497,35 @@ class Config:
     keep_uniform_groups: bool = False  # groups of equal rewards get alpha * s, not 0
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28  # the ratio is clipped above 1 + clip_high
-    aggregation: Literal["token", "sequence"] = "token"  # what has equal weight: tokens or responses
+    aggregation: str = "token"  # what has equal weight: token or sequence
     kl_coef: float = 0.0  # weight of the KL to the initial model, which then stays in memory
-    # Evaluation, and the built-in task
+    # Evaluation
     eval_every: int = 10  # steps between evaluations
     eval_rows: int = 256  # rows of the evaluation data that are used
     eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
-    task_usual_error: float = 0.95  # how often the teacher's usual way forgets the carry; his others: 1 less that
-    task_warmup_steps: int = 1800  # steps of imitating the teacher before RL
 
     def __post_init__(self):
-        for name in ("model", "train_data", "eval_data", "output_dir"):
-            setattr(self, name, os.path.expanduser(getattr(self, name) or ""))
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # of a sweep over np.logspace; JSON and torch.load want Python's
+                setattr(self, name, value.item())
 
 
-def check(config, out):
+def check(config):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
-    may_be_0 = ("seed clip_low clip_high kl_coef alpha warmup_steps eval_samples task_warmup_steps "
-                "task_usual_error").split()
-    for name, value in asdict(config).items():
-        if type(value) in (int, float) and name != "beta":  # not bool, which is an int
-            least = "at least" if name in may_be_0 else "above"
-            holds = value > 0 or value == 0 and name in may_be_0
-            require(holds, f"--{name.replace('_', '-')} {value}: must be {least} 0")
+    for name in ("steps prompts_per_step max_new_tokens temperature inner_epochs micro_batch lr max_grad_norm "
+                 "save_every eval_every eval_rows").split():
+        require(getattr(config, name) > 0, f"--{name.replace('_', '-')}: must be above 0")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
-    require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
+    require(0 <= config.alpha < 0.5, "--alpha: must be in [0, 1/2), or wrong could outrank correct responses")
     require(isfinite(config.beta), "--beta: must be finite")
-    require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
-    require(bool(config.model) == bool(config.train_data) and (config.model or not config.eval_data),
-            "--model and --train-data need each other, and --eval-data needs both")
-    require(not config.resume or (out / "checkpoint/state.pt").exists(),
-            f"--resume: no checkpoint in {out}: begin anew in another --output-dir")
-    may_be_full = config.resume or not (config.model or config.output_dir)  # write_task moves old runs aside
-    require(may_be_full or not any(out.glob("[!.]*")),
-            f"--output-dir {out} is not empty: choose another; --resume continues from a checkpoint in it")
+    require(config.model and config.train_data, "--model and --train-data need each other")
 
 
-def load_reward(spec):
-    """The reward function f(response, reference) -> float named module:function. Raises UserError."""
-    sys.path.append("")
-    try:
-        reward = pkgutil.resolve_name(spec)
-        require(callable(reward), "not a function")
-    except (Exception, SystemExit) as error:  # the user's module runs when it is imported
-        raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here")
-    return reward
+# --------------------------------------------------------------------------------------------- Model and data
 
-
-def score_responses(reward, responses, examples):
-    """Rewards (P, G) float32 of G responses to each example; the errors of failed calls, which score 0."""
-    G, process = len(responses) // len(examples), os.getpid()
-    rewards, errors = torch.zeros(len(responses), dtype=torch.float32), []
-    for i, response in enumerate(responses):
-        try:
-            value = float(reward(response, examples[i // G].reference))
-            if not isfinite(value):
-                raise ValueError(f"the reward is {value}")
-            rewards[i] = value
-        except BaseException as error:  # one response must not end a run of hours
-            # A process that the reward forked must end, not go on training.
-            if isinstance(error, KeyboardInterrupt) or os.getpid() != process:
-                raise
-            errors.append(repr(error))
-            LOGGER.warning_once("\na reward failed: it is 0; reward/errors and eval/errors count them",
-                                exc_info=True)
-    return rewards.view(-1, G), errors
-
-
-def quietened(config):
-    """A copy of a model's config: no dropout in train mode, no outputs but logits and the cache."""
-    config = copy.copy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            setattr(config, name, quietened(value))
-        elif isinstance(value, float) and "drop" in name:
-            setattr(config, name, 0.0)
-        elif re.search("output_(router_logits|hidden_states|attentions)", name):
-            setattr(config, name, False)
-    config.return_dict = True
-    return config
-
-
-def closing_token(tokenizer):
-    """The ids of the tokens, one or none as a rule, with which the chat template closes a message."""
-    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
-    try:
-        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
-    except Exception:  # no template, or a broken one, which is told where a prompt goes through it
-        return set()
-    return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
+# What transformers and its models raise when something is wrong with a model.
+FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*")
 
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
@@ -554,86 +536,109 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """
     B, H, T, D = query.shape
     if T > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(B, key.shape[1], -1, D)
     out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
     return out.reshape(B, 1, H, -1), None
 
 
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
+def closing_token(tokenizer):
+    """The ids of the tokens, one or none as a rule, with which the chat template closes a message."""
+    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
+    try:
+        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
+    except Exception:  # no template, or a broken one: that is told where a prompt goes through it
+        return set()
+    return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
 
 
 def load_model(path, device, gradient_checkpointing=False):
-    """A model fit for training, its tokenizer, and the ids of the tokens that end a response.
+    """A model ready for training, its tokenizer, and the ids of the tokens that end a response.
 
-    Raises UserError for what is not a whole model, or samples otherwise than it scores. A generation config
-    that transformers would refuse to save is replaced; model.config_to_save is the config as it was loaded,
-    with its dropout. tokenizer.model_max_length is at most the context.
+    The model is sampled a little, and scored by an update that changes nothing: that finds what has no cache,
+    cannot be padded on the left, or has noise in its layers. Raises UserError.
     """
     logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        wrapped = type(config) in AutoModelForImageTextToText._model_mapping
-        loader = AutoModelForImageTextToText if wrapped else AutoModelForCausalLM
+        folder = Path(path).expanduser()
+        if not folder.exists():
+            require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
+            folder = snapshot_download(path, ignore_patterns=("consolidated*", *WEIGHTS[2:]))
+        config = AutoConfig.from_pretrained(folder)
+        config.return_dict, config.get_text_config().output_router_logits = True, False
+        # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces or the splitting of digits.
+        as_it_stands = Path(folder, "tokenizer.json").exists()
+        tokenizer = (PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
-        model, loaded = loader.from_pretrained(
-            path, config=quietened(config), dtype=torch.float32, output_loading_info=True)
+        model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True)
+        require(not loaded["missing_keys"], f"no weights in it for {min(loaded['missing_keys'], default='')}")
+        require(tokenizer("1", add_special_tokens=False).input_ids, "no tokenizer in it")
+        ends = {*np.ravel(model.generation_config.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+        require(ends, "no eos token in its tokenizer or generation_config.json")
         if model.config._attn_implementation == "sdpa":  # which leaves out the soft cap of Gemma 2
             capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
             model.set_attn_implementation("eager" if capped else "grouped")
-        rows = model.get_input_embeddings().num_embeddings
-        ends = {*np.ravel(model.generation_config.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
-        missing = sorted(loaded["missing_keys"])
-        require(not missing, f"no weights in it for {', '.join(missing[:3])}: not a whole language model")
-        require(tokenizer("1", add_special_tokens=False).input_ids, "no tokenizer in it: save it there too")
-        require(tokenizer.vocab_size <= rows,
-                f"tokenizer of {tokenizer.vocab_size}, model of {rows} tokens: save its own tokenizer there")
-        require(ends, "no eos token in its tokenizer or generation_config.json")
-        rollout = sample(model, [[0], [0, 0]], 2, 3, [])  # padding, a cache, rows that share a prompt
-        difference = (token_log_probs(model, rollout) - rollout.log_probs).abs().mean().item()
-        require(difference <= 1e-4, UNEQUAL.format(difference))
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:  # loaded as it is, but it could not be saved
-            model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        model.config_to_save = config
-        context = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    except Exception as error:  # a damaged file or a foreign model raises whatever its reader does
+        model.to(device)
+        # Padding, a cache, rows that share a prompt.
+        rollout = sample(model, [[0], [0, 0]], 2, 3, [], generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        update(model, optimizer, rollout, torch.ones(4, device=device), Config())
+        model.zero_grad()
+    except (*FOREIGN, UserError) as error:
         reason = " ".join((str(error) or repr(error)).split())[:200]
-        found = Path(path).exists() or isinstance(error, UserError)  # a check of what the hub has
-        raise UserError(
-            f"--model {path}: {'' if found else 'no such folder; '}{reason}; give a whole model's folder or "
-            f"hub name: of a run, its folder model; no LoRA adapter, no file")
-    return model.to(device), tokenizer, sorted(ends | closing_token(tokenizer))
+        raise UserError(f"--model {path}: {reason}; give the folder or hub name of a whole model (of a run, its "
+                        f"folder model), no LoRA adapter, no file")
+    tokenizer.model_max_length = getattr(
+        config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
+    return model, tokenizer, sorted(ends | closing_token(tokenizer))
 
 
-class Example(NamedTuple):
-    prompt: str        # as it stands in the file
-    reference: object  # what the reward function compares with, as it stands in the file
-    ids: list[int]     # the whole prompt in tokens: system prompt, chat template and suffix included
-    opening: str = ""  # the <think> that ends the prompt, where it does: the response begins with it
+def save_model(policy, eos_ids, target):
+    """Writes the folder that the policy was loaded from to target, with its weights and end tokens.
+
+    All other files are as they were, byte for byte; the weights have the dtype that the config there names.
+    """
+    source = policy.name_or_path
+    config = AutoConfig.from_pretrained(source)
+    policy.generation_config = GenerationConfig()  # some that can be loaded cannot be saved
+    policy.to(config.dtype or config.get_text_config().dtype or torch.float32).save_pretrained(target)
+    ignored = shutil.ignore_patterns(*WEIGHTS, "checkpoint*", ".*")
+    shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+    path = target / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos_ids}, indent=2))
+
+
+def load_reward(spec):
+    """The reward function f(response, reference) -> float named module:function. Raises UserError."""
+    # The user's module comes first, but the default is the verify.py beside this file.
+    sys.path.insert(0, os.getcwd() if spec else os.path.dirname(__file__))
+    try:
+        return pkgutil.resolve_name(spec or "verify:verify")
+    except (Exception, SystemExit) as error:  # the user's module runs when it is imported
+        raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here")
 
 
 def encode(prompt, tokenizer, config):
     """A prompt's tokens, in the chat template if there is one, and the <think> that it leaves open, or ""."""
-    asked, special = prompt + config.prompt_suffix, False
-    if tokenizer.chat_template and not config.no_chat_template:
-        messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": asked}]
+    text = prompt + config.prompt_suffix
+    templated = tokenizer.chat_template and not config.no_chat_template
+    if templated:
+        messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": text}]
         messages = messages[0 if config.system_prompt else 1:]  # no empty system message
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        kwargs = json.loads(config.chat_template_kwargs)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
         require(all(message["content"].strip() in text for message in messages),
                 "the chat template leaves out the prompt, or --system-prompt (--no-chat-template)")
     else:
-        text = config.system_prompt + asked
-        special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    ids = tokenizer(text, add_special_tokens=special).input_ids
-    if special and ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
+        text = config.system_prompt + text
+    ids = tokenizer(text, add_special_tokens=not templated).input_ids
+    if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
         ids = ids[:-1]
     return ids, re.search(r"(<think>\s*)?\Z", text)[0]
 
@@ -643,86 +648,50 @@ def load_examples(path, tokenizer, config, context=None):
 
     context: tokens of a prompt and its response together, by default the model's.
     """
-    examples, path = [], Path(path)
-    context = context or tokenizer.model_max_length
-    longest = min(config.max_prompt_tokens, context - config.max_new_tokens)
-    lines = [(n, line) for n, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
-    for number, line in tqdm(lines, desc=f"reading {path.name}", leave=False):
+    examples, longest = [], (context or tokenizer.model_max_length) - config.max_new_tokens
+    for number, line in enumerate(Path(path).expanduser().read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             prompt, answer = row[config.prompt_key], row[config.answer_key]
             require(isinstance(prompt, str) and answer is not None, "no string for a prompt, or no answer")
             ids, opening = encode(prompt, tokenizer, config)
-        except Exception as error:  # no JSON, no such key, or whatever a tokenizer or chat template raises
-            raise UserError(
-                f"{path}, line {number}: {error!r} in {line[:60]!r}; give JSON Lines in UTF-8, in each "
-                f"{config.prompt_key!r} and {config.answer_key!r} (--prompt-key, --answer-key), and prompts "
-                f"that tokenizer and chat template take")
+        except Exception as error:  # no JSON, no such key, or a chat template, which raises what it likes
+            raise UserError(f"{path}, line {number}: {error!r}; give a JSON object with {config.prompt_key!r} and "
+                            f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
         if 0 < len(ids) <= longest:
             examples.append(Example(prompt, answer, ids, opening))
-    if skipped := len(lines) - len(examples):
-        print(f"{path}: skipped {skipped} prompts that are empty or longer than {longest} tokens")
-    require(examples, f"{path}: no usable row of {len(lines)}: context {context} less --max-new-tokens, "
-                      f"and --max-prompt-tokens, leave {longest} tokens for a prompt")
+    print(f"{path}: {len(examples)} of {number} lines have a prompt of 1 to {longest} tokens")
+    require(examples, f"{path}: no usable line: a lower --max-new-tokens leaves more of the context to prompts")
     return examples
 
 
-def texts_of(rollout, tokenizer, examples):
-    """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
-    G = len(rollout.lengths) // len(examples)
-    texts = [tokenizer.decode(ids if truncated else ids[:-1], clean_up_tokenization_spaces=False)
-             for ids, truncated in zip(rollout.responses(), rollout.truncated.tolist())]
-    return [examples[b // G].opening + text for b, text in enumerate(texts)]
-
-
-def rollout_metrics(rollout, rewards, confidence, beta):
-    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
-
-    preference/agreement, in [-1, 1]: do the less probable responses (whatever beta's sign) earn the reward?
-    """
-    def mean(x):
-        return x.float().mean().item() if x.numel() else None
-
-    correct, surest = rewards > 0.5, confidence.argmax(dim=1, keepdim=True)
-    agreement = group_advantage(rewards) * preference_advantage(confidence, abs(beta))
-    return {
-        "reward/verified": mean(rewards), "reward/std": mean(rewards.std(dim=1)),
-        "groups/uniform_frac": mean(uniform_groups(rewards)),
-        "preference/agreement": (agreement.sum() / agreement.abs().sum().clamp(min=1e-9)).item(),
-        "confidence/correct": mean(confidence[correct]), "confidence/wrong": mean(confidence[~correct]),
-        "confidence/overconfident_frac": mean(correct.any(dim=1, keepdim=True) & ~correct.gather(1, surest)),
-        "entropy": mean(rollout.entropies[rollout.mask]),
-        "length/mean": mean(rollout.lengths), "length/truncated_frac": mean(rollout.truncated),
-    }
-
+# --------------------------------------------------------------------------------------------------- Training
 
 def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
 
-    def respond(k, temperature):  # responses, rewards (examples, k), errors; as many rows as in training
+    def respond(k, temperature):  # responses, rewards (examples, k), which failed; as many rows as in training
         responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
-        for start in tqdm(range(0, len(examples), size), f"evaluating, {k} each", leave=False):
+        for start in tqdm(range(0, len(examples), size), f"evaluating, {k} each", leave=False, disable=None):
             batch = examples[start:start + size]
-            prompts = [example.ids for example in batch]
-            rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
+            rollout = sample(policy, [example.ids for example in batch], k, config.max_new_tokens, eos_ids,
+                             temperature, generator)
             responses += texts_of(rollout, tokenizer, batch)
         return responses, *score_responses(reward, responses, examples)
 
-    greedy, rewards, errors = respond(1, temperature=0)
-    worst = rewards.argmin()
-    metrics = {"eval/accuracy": rewards.mean().item()}
+    greedy, rewards, failed = respond(1, temperature=0)
+    metrics, worst = {"eval/accuracy": rewards.mean().item()}, rewards.argmin()
     if config.eval_samples:
-        _, rewards, more_errors = respond(config.eval_samples, config.temperature)
-        errors = errors + more_errors
+        _, rewards, failed = respond(config.eval_samples, config.temperature)
         metrics["eval/mean_at_k"] = rewards.mean().item()
         metrics["eval/pass_at_k"] = rewards.amax(dim=1).mean().item()
     values = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
     tqdm.write(f"{values}: {examples[worst].prompt[-20:]!r} -> {greedy[worst][-40:]!r}")
-    return metrics | {"eval/errors": len(errors)}
+    return metrics | {"eval/errors": failed.sum().item()}
 
-
-# --------------------------------------------------------------------------------------------------- Training
 
 def batch_indices(total, step, count, seed):
     """The indices (count,) of step 1, 2, ...: each example once per epoch, in an order from (seed, epoch)."""
@@ -732,213 +701,118 @@ def batch_indices(total, step, count, seed):
     return np.concatenate(orders)[start:start + count].tolist()
 
 
-@contextmanager
-def writing(path):
-    """Turns what a full disk or a folder without permission raises into a UserError that names the path."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
-    except Exception as error:  # OSError, or what torch.save and safetensors raise on a full disk
-        raise UserError(f"{path} cannot be written: {error}; make room, or use an --output-dir no run is in")
-
-
-def claim(out):
-    """Keeps other runs out of the folder while the lock is referred to. Raises UserError if one is in it."""
-    with writing(out / ".lock") as path:
-        return FileLock(path, timeout=0, is_singleton=True).acquire()
-
-
 def append(path, rows):
-    """Adds the rows to a JSON Lines file. Raises UserError if it cannot be written."""
+    """Adds rows to a JSON Lines file."""
     # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
-    with writing(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-FORMER_HANDLERS = {}  # by signal, those that caught_signals replaced
-
-
-@contextmanager
-def caught_signals():
-    """Yields a list that collects Ctrl-C and SIGTERM, so that the step can finish; a second stops at once."""
-    caught = []
-
-    def handler(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        tqdm.write("\nicpo.py: finishing this step; once more stops at once", file=sys.stderr)
-
-    with suppress(ValueError):  # only the main thread may set a handler
-        FORMER_HANDLERS.update({
-            number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)})
-    try:
-        yield caught
-    finally:
-        restore_handlers()
-
-
-def restore_handlers():
-    """Sets the handlers back that were replaced, and returns their signals."""
-    restored = list(FORMER_HANDLERS)
-    while FORMER_HANDLERS:
-        signal.signal(*FORMER_HANDLERS.popitem())
-    return restored
-
-
-# A process that a reward forks gets the former handlers back; signals wait until it has them. Nothing is done
-# outside of caught_signals, nor on Windows.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, FORMER_HANDLERS),
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, FORMER_HANDLERS),
-        after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, restore_handlers()))
-
-
-def save_checkpoint(out, step, policy, optimizer, settings):
-    """Writes all that --resume needs, with the sizes of the logs at this step. Raises UserError."""
+def save_checkpoint(out, step, policy, optimizer):
+    """Writes all that --resume needs, with the sizes of the logs at this step: whole, or not at all."""
     sizes = {log: (out / log).stat().st_size for log in ("metrics.jsonl", "samples.jsonl")}
-    state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-             "settings": settings, "log_sizes": sizes}
-    with writing(out / "checkpoint/state.pt") as path:  # then renamed: never half a file
-        torch.save(state, part := path.with_suffix(".tmp"))
-        part.replace(path)
+    state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "log_sizes": sizes}
+    torch.save(state, out / "checkpoint.part")
+    (out / "checkpoint.part").replace(out / "checkpoint.pt")
 
 
-def load_checkpoint(out, policy, optimizer, settings):
+def load_checkpoint(out, policy, optimizer):
     """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
-    free = "resume output_dir steps device save_every micro_batch gradient_checkpointing".split()
     try:
-        state = torch.load(out / "checkpoint/state.pt", map_location="cpu", weights_only=True)
-        changed = {name: was for name, was in state["settings"].items()
-                   if was != settings.get(name) and name not in free}
-        if not changed:
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-    except Exception:  # whatever the reader of a damaged file raises, or of weights of another shape
-        raise UserError(f"--resume: the checkpoint in {out} is damaged, or --model is another by now: begin "
-                        f"anew in another --output-dir")
-    require(not changed, f"--resume: the run began with another {changed}")
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+    except FOREIGN:
+        raise UserError(f"--resume: no checkpoint of this model in {out}, or a damaged one: start a new run")
     for log, size in state["log_sizes"].items():
-        # The steps after the checkpoint will be taken, and logged, again.
-        os.truncate(out / log, min(size, (out / log).stat().st_size))
+        os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
     return state["step"]
 
 
 def train(config):
-    """Trains, evaluates and saves as config says. Returns the last evaluation's metrics. Raises UserError."""
+    """Trains, evaluates and saves as config says. Returns the last step's metrics. Raises UserError.
+
+    With config.resume it continues the run in that folder, with the settings of config.
+    """
+    check(config)
+    name = strftime(f"{Path(config.model).resolve().name}-%Y%m%d-%H%M%S")
     # Absolute, since the reward function may change the working folder.
-    out = Path(config.output_dir or f"runs/{Path(config.model or 'addition').resolve().name}").resolve()
-    check(config, out)
-    settings = asdict(config)
-    if not config.model:
-        from examples.addition import prepare
-        lock = claim(out)
-        with writing(out / "task"):
-            config = prepare(config, out)
+    out = Path(config.resume or config.output_dir or f"runs/{name}").expanduser().absolute()
+    require(config.resume or not any(out.glob("*")), f"--output-dir {out} is not empty; --resume continues a run")
+    reward = load_reward(config.reward)
     policy, tokenizer, eos_ids = load_model(config.model, config.device, config.gradient_checkpointing)
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
-    held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    held_out = held_out[:config.eval_rows]
-    rows = policy.get_input_embeddings().num_embeddings
-    require(max(max(example.ids) for example in examples + held_out) < rows,
-            f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
-    # Without the token ids: some chat templates name the day.
-    settings["data (a checksum)"] = zlib.crc32(repr([row[:2] for row in examples + held_out]).encode())
-    reward = load_reward(config.reward)
-    lock = claim(out)
-    print(f"{config.device}, {torch.get_num_threads()} threads, {policy.num_parameters() / 1e6:.1f}M "
-          f"parameters, {len(examples)} prompts; an evaluation samples up to "
-          f"{len(held_out) * (1 + config.eval_samples) * config.max_new_tokens:,} tokens")
+    held_out = load_examples(config.eval_data, tokenizer, config)[:config.eval_rows] if config.eval_data else []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    if config.resume:
-        step = load_checkpoint(out, policy, optimizer, settings)
-    else:
-        step = -1  # step 0 is an evaluation
-        (out / "config.json").write_text(json.dumps(settings, indent=2))
+    saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "config.json", "w" if config.resume else "x") as file:  # "x": of two runs at once, one fails
+        json.dump(asdict(config), file, indent=2)
+    print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}, {torch.get_num_threads()} "
+          f"threads; the first prompt, as the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
 
-    evaluated, bar = {}, tqdm(total=config.steps, initial=max(0, step),
-                              bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
-    with caught_signals() as caught, bar:
-        for step in range(step + 1, config.steps + 1):
+    P, steps = config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
+    try:
+        for step in steps:
             metrics, samples = {"step": step}, []
             if step > 0:
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
                 set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-                indices = batch_indices(len(examples), step, config.prompts_per_step, config.seed)
-                batch = [examples[i] for i in indices]
-                lr = config.lr * min(1, step / max(1, config.warmup_steps))
-                optimizer.param_groups[0]["lr"] = metrics["lr"] = lr
+                batch = [examples[i] for i in batch_indices(len(examples), step, P, config.seed)]
+                optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
                 measured, samples = train_step(
                     policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
                 metrics |= measured
-                accuracy = f"acc={evaluated['eval/accuracy']:.2f}, " if evaluated else ""
-                bar.set_postfix_str(f"{accuracy}reward={metrics['reward/verified']:.2f}, entropy="
-                                    f"{metrics['entropy']:.2f}, agree={metrics['preference/agreement']:.2f}")
-                bar.update()
-                if metrics["length/truncated_frac"] > 0.5:
-                    LOGGER.warning_once("\nover half of the responses were cut: raise --max-new-tokens?")
+                line = (f"reward {metrics['reward/verified']:.2f}, entropy {metrics['entropy']:.2f}, agreement "
+                        f"{metrics['preference/agreement']:.2f}, cut {metrics['length/truncated_frac']:.2f}")
+                steps.set_postfix_str(line)
+                if steps.disable:  # no terminal
+                    print(f"{step}/{config.steps} {line}", flush=True)
             if held_out and (step % config.eval_every == 0 or step == config.steps):
-                evaluated = evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
-                metrics |= evaluated
+                metrics |= evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
             append(out / "metrics.jsonl", [metrics])
             append(out / "samples.jsonl", [{"step": step} | row for row in samples[:config.group_size]])
-            if caught or step % config.save_every == 0 or step == config.steps:
-                save_checkpoint(out, step, policy, optimizer, settings)
-            if caught and step < config.steps:
-                raise KeyboardInterrupt
-
-    policy.config = policy.config_to_save
-    with writing(out / "model") as path:
-        policy.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    print(f"model: {out / 'model'}\nlogs: {out / 'metrics.jsonl'}, {out / 'samples.jsonl'}")
-    return evaluated
+            if step % config.save_every == 0 or step == config.steps:
+                save_checkpoint(out, step, policy, optimizer)
+                saved = step
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"--resume {out} continues after step {saved}")
+    save_model(policy, eos_ids, out / "model")
+    print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
+    return metrics
 
 
-def command_line():
-    """The parser of Config's flags, whose groups and help are the comments there."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        usage="python icpo.py [--flag value ...], where --help lists the flags",
-        argument_default=argparse.SUPPRESS)  # what is not given is left to Config
-    for line in inspect.getsource(Config).splitlines():
-        if title := re.match("    # (.*)", line):
-            group = parser.add_argument_group(title[1])
-        elif field := re.match(r"    (\w+): .*  # (.*)", line):
-            name, comment = field.groups()
-            default = getattr(Config, name)
-            kind = {"type": type(default), "choices": get_args(Config.__annotations__[name]) or None}
-            if default is False:
-                kind = {"action": "store_true"}
-            elif default != "":
-                comment += f" (default: {default})"
-            group.add_argument(f"--{name.replace('_', '-')}", help=comment, **kind)
-    return parser
+def parse(arguments):
+    """The Config that the arguments give, beside what the run that they resume was given."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, comment in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
+        default = getattr(Config, name)
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{comment} (default: {default!r})", **kind)
+    # A space keeps argparse from taking -1e1 for a flag, and float() does not mind it.
+    given = vars(parser.parse_args([re.sub(r"^-(?=[\d.])", " -", argument) for argument in arguments]))
+    saved = json.loads(Path(given["resume"], "config.json").read_text()) if "resume" in given else {}
+    return Config(**saved | given)
 
 
 def main(arguments=None):
-    with suppress(AttributeError):  # a notebook's stdout has none; a terminal may lack what a model writes
-        sys.stdout.reconfigure(errors="backslashreplace")
-    given = vars(command_line().parse_args(arguments))
-    if not given.get("model"):
-        from examples.addition import DEFAULTS
-        given = DEFAULTS | given
-        torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        train(Config(**given))
+        config = parse(arguments)
+        if not config.model:
+            from examples.addition import prepare
+            config = parse(prepare(config.seed) + arguments)
+        train(config)
         return 0
-    except KeyboardInterrupt:
-        tqdm.write("\nicpo.py: stopped; --resume continues from a checkpoint, if any", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\nicpo.py: stopped; {stop}", file=sys.stderr)
         return 130
-    except (UserError, OSError, ImportError) as error:
+    except (UserError, OSError, SafetensorError) as error:
         message = error
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("out of memory|allocate memory|MemoryError|ALLOC_FAILED", repr(error)):
-            raise
-        message = ("out of memory: lower --micro-batch or add --gradient-checkpointing, as --resume allows, "
-                   "or begin anew with a lower --max-new-tokens or --prompts-per-step")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        message = (f"{error}: lower --micro-batch or add --gradient-checkpointing, as --resume allows, or start anew "
+                   "with a lower --max-new-tokens")
     print(f"icpo.py: error: {message}", file=sys.stderr)
     return 2
 

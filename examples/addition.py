@@ -2,15 +2,16 @@
 
 The teacher writes half of the sums in his usual way, and then mostly forgets to carry; the other half in one of
 seven other ways, and then mostly carries. A Qwen2 of 0.2M parameters that has imitated him is sure where it errs,
-and its right answers are the less probable ones: ICPO's premise. With --task-usual-error 0.05 the usual way is
+and its right answers are the less probable ones: ICPO's premise. With `python examples/addition.py --usual-error 0.05` the usual way is
 the right one, and the premise fails.
 """
 
+import argparse
 import itertools
 import json
 import random
-import time
-from dataclasses import replace
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,9 +19,7 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-DEFAULTS = dict(steps=60, max_new_tokens=32, micro_batch=128, lr=1e-4)  # in place of those of icpo.Config
-
-
+ROOT = Path(__file__).resolve().parent.parent
 OTHER_WAYS = [way for way in itertools.product((False, True), repeat=3) if any(way)]
 USUAL_WAY = (False, False, False)
 
@@ -48,46 +47,41 @@ def demonstration(a: int, b: int, usual_error: float) -> str:
     return worked_addition(a, b, way, carry=random.random() >= (usual_error if usual else 1 - usual_error))
 
 
-def prepare(config, out: Path):
-    """The config that trains the model of out/task on its sums; both are written first, unless it resumes."""
-    if not config.resume:
-        write_task(out, config)
-    task = out / "task"
-    return replace(config, model=f"{task}/model", train_data=f"{task}/train.jsonl", eval_data=f"{task}/eval.jsonl")
+def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 1800) -> list[str]:
+    """The flags of icpo.py that train the tiny model on its sums; both are made first, unless they are there."""
+    torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
+    folder = ROOT / f"runs/task/{usual_error}-{imitation_steps}-{seed}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            write_task(Path(scratch) / "task", seed, usual_error, imitation_steps)
+            (Path(scratch) / "task").rename(folder)
+    return [f"--model={folder}/addition", f"--train-data={folder}/train.jsonl", f"--eval-data={folder}/eval.jsonl",
+            "--steps=60", "--max-new-tokens=32", "--micro-batch=128", "--lr=1e-4"]
 
 
-def write_task(out: Path, config):
-    """Writes sums to out/task, and a tiny Qwen2 that has imitated the teacher.
-
-    config: icpo.Config with seed, task_usual_error and task_warmup_steps. What is in out is moved aside.
-    """
-    if earlier := [*out.glob("[!.]*")]:
-        aside = Path(f"{out}-{time.strftime('%Y-%m-%d-%H%M%S')}")
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        print(f"the earlier run in {out} is now in {aside}")
-    set_seed(config.seed)
-    # A token is a byte: the kind of tokenizer that transformers rebuilds from a saved Qwen2 directory.
+def write_task(folder: Path, seed: int, usual_error: float, imitation_steps: int):
+    """Writes sums to the folder, and a tiny Qwen2 that has imitated the teacher."""
+    set_seed(seed)
+    # A token is a byte.
     vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[])
     sums = [(a, b) for a, b in itertools.product(range(10, 100), repeat=2) if a % 10 + b % 10 > 9]
     random.shuffle(sums)
     held_out, sums = sums[:512], sums[512:]
-    task = out / "task"
-    task.mkdir(parents=True)
+    folder.mkdir(parents=True)
     for name, part in (("eval", held_out), ("train", sums)):
         rows = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a, b in part]
-        (task / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=257, hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, rope_theta=30.0, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=256,
-        pad_token_id=256, bos_token_id=None))
+        num_key_value_heads=3, rope_theta=30.0, max_position_embeddings=1024, tie_word_embeddings=True,
+        eos_token_id=256, pad_token_id=256, bos_token_id=None))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
-    for step in tqdm(range(config.task_warmup_steps), desc="imitating the teacher"):
-        rise, fall = (step + 1) / 50, 2 * (1 - step / config.task_warmup_steps)
+    for step in tqdm(range(imitation_steps), desc="imitating the teacher", disable=None):
+        rise, fall = (step + 1) / 50, 2 * (1 - step / imitation_steps)
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, rise, fall)
-        texts = [f"{a}+{b}=" + demonstration(a, b, config.task_usual_error) + tokenizer.eos_token
+        texts = [f"{a}+{b}=" + demonstration(a, b, usual_error) + tokenizer.eos_token
                  for a, b in random.sample(sums, 32)]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)  # padding on the right
@@ -95,6 +89,16 @@ def write_task(out: Path, config):
         optimizer.zero_grad()
         model(batch.input_ids, labels=labels, use_cache=False).loss.backward()
         optimizer.step()
-    model.save_pretrained(task / "model")
-    tokenizer.save_pretrained(task / "model")
+    model.save_pretrained(folder / "addition")
+    tokenizer.save_pretrained(folder / "addition")
 
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    import icpo
+    parser = argparse.ArgumentParser(description="The task of `python icpo.py`; other flags go to icpo.py.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--usual-error", type=float, default=0.95, help="errors of the usual way; others: 1 less that")
+    parser.add_argument("--imitation-steps", type=int, default=1800, help="steps of imitating the teacher")
+    task, rest = parser.parse_known_args()
+    sys.exit(icpo.main(prepare(**vars(task)) + [f"--seed={task.seed}", *rest]))
