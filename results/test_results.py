@@ -44,10 +44,8 @@ def test_tables_are_those_of_the_logs(monkeypatch, capsys):
     for quoted in re.findall(r"[+−]?\d\.\d{3} ± \d\.\d{3}", README) if reported else ():
         assert quoted.replace("−", "-") in TABLES, quoted
     first = rows_of(RESULTS / "first_run.jsonl")
-    ends = ", ".join(f"{row['eval/accuracy']:.3f}" for row in first if row["step"] == 60)
-    assert f"ends at {ends} with seeds 0 to 3 " in README.replace("\n", " ")
     times, grpo = (rows_of(RESULTS / f"times_tables/{name}/metrics.jsonl") for name in ("icpo", "grpo"))
-    for before, *_, after in ([row for row in first if row["seed"] == 0], times):
+    for before, *_, after in (first, times):
         for row in (before, after):
             values = [f"{name} {row[f'eval/{name}']:.3f}" for name in ("accuracy", "mean_at_k", "pass_at_k")]
             assert ", ".join(values) in README.replace("\n", " ")
