@@ -56,8 +56,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig,
-    PreTrainedTokenizerFast, set_seed)
-from transformers.utils import logging
+    PreTrainedTokenizerFast, logging, set_seed)
 
 # ------------------------------------------------------------------------------------------------- The method
 
@@ -557,7 +556,7 @@ def load_model(path, device, gradient_checkpointing=False):
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
     try:
-        folder = Path(path).expanduser()
+        folder = Path(path).expanduser().absolute()  # to be found again when the model is saved
         if not folder.exists():
             require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
             folder = snapshot_download(path, ignore_patterns=["consolidated*", *WEIGHTS[2:]])
@@ -659,7 +658,7 @@ def load_examples(path, tokenizer, config, context=None):
         try:
             row = json.loads(line)
             prompt, answer = row[config.prompt_key], row[config.answer_key]
-            require(isinstance(prompt, str) and answer is not None, "no string for a prompt, or no answer")
+            require(answer is not None, "no answer")
             ids, opening = encode(prompt, tokenizer, config)
         except Exception as error:  # no JSON, no such key, or a chat template, which raises what it likes
             raise UserError(
@@ -667,8 +666,8 @@ def load_examples(path, tokenizer, config, context=None):
                 f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
         if 0 < len(ids) <= longest:
             examples.append(Example(prompt, answer, ids, opening))
-    print(f"{path}: {len(examples)} of {number} lines have a prompt of 1 to {longest} tokens")
-    require(examples, f"{path}: no usable line: a lower --max-new-tokens leaves more of the context")
+    print(f"{path}: {len(examples)} prompts of 1 to {longest} tokens")  # with the response, they fit the context
+    require(examples, f"{path}: no usable line; a lower --max-new-tokens leaves more of the context")
     return examples
 
 
