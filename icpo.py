@@ -55,7 +55,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig,
+    AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig,
     PreTrainedTokenizerFast, logging, set_seed)
 
 # ------------------------------------------------------------------------------------------------- The method
@@ -519,6 +519,7 @@ def check(config):
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(0 <= config.alpha < 0.5, "--alpha: must be in [0, 1/2), or wrong could outrank correct responses")
     require(isfinite(config.beta), "--beta: must be finite")
+    require(config.aggregation in ("token", "sequence"), "--aggregation: token or sequence")
     require(config.model and config.train_data, "--model and --train-data need each other")
 
 
@@ -563,10 +564,9 @@ def load_model(path, device, gradient_checkpointing=False):
         config = AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
         config.return_dict, text_config.output_router_logits = True, False
-        # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split
-        as_it_stands = Path(folder, "tokenizer.json").exists()
-        tokenizer = (PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained(folder)
-        require(tokenizer("1").input_ids, "no tokenizer in it")
+        require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
+        # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
@@ -666,7 +666,7 @@ def load_examples(path, tokenizer, config, context=None):
                 f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
         if 0 < len(ids) <= longest:
             examples.append(Example(prompt, answer, ids, opening))
-    print(f"{path}: {len(examples)} prompts of 1 to {longest} tokens")  # with the response, they fit the context
+    print(f"{path}: {len(examples)} prompts of up to {longest} tokens; others do not fit the context")
     require(examples, f"{path}: no usable line; a lower --max-new-tokens leaves more of the context")
     return examples
 
@@ -740,9 +740,9 @@ def train(config):
     With config.resume it continues the run in that folder, with the settings of config.
     """
     check(config)
-    name = strftime(f"{Path(config.model).resolve().name}-%Y%m%d-%H%M%S")
+    name = strftime(f"runs/{Path(config.model).name}-%Y%m%d-%H%M%S")
     # Absolute, since the reward function may change the working folder.
-    out = Path(config.resume or config.output_dir or f"runs/{name}").expanduser().absolute()
+    out = Path(config.resume or config.output_dir or name).expanduser().absolute()
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
