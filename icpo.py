@@ -55,9 +55,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig,
-    PreTrainedTokenizerFast, set_seed)
-from transformers.utils import logging
+    AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig,
+    PreTrainedTokenizerFast, logging, set_seed)
 
 # ------------------------------------------------------------------------------------------------- The method
 
@@ -119,9 +118,9 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
     alpha = 0 is GRPO's A, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha
     is below 1/2, and A has the sign of GRPO's if alpha is below 1/G. If then all correct responses of a group
     share one l, and all wrong ones another, R + alpha * s is an increasing affine function of R, and A is
-    GRPO's: ICPO acts where correct responses, or wrong ones, differ in l. Groups of equal rewards get 0 [ours]:
-    with only s left, normalizing would blow it up to the size of a reward, and a model that errs at random
-    would collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
+    GRPO's: ICPO acts where correct responses, or wrong ones, differ in l. Groups of equal rewards get 0
+    [ours]: with only s left, normalizing would blow it up to the size of a reward, and a model that errs at
+    random would collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
     preference = preference_advantage(seq_log_probs, beta)
@@ -439,7 +438,8 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     responses = texts_of(rollout, tokenizer, examples)
     # 2. Verify.
     rewards, failed = score_responses(reward, responses, examples)
-    require(optimizer.state or not failed.all(), f"--reward {config.reward}: all calls of the first step failed")
+    require(optimizer.state or not failed.all(),
+            f"--reward {config.reward}: every call of the first step fails")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
@@ -472,7 +472,7 @@ class Config:
     prompt_suffix: str = ""  # text after every prompt
     no_chat_template: bool = False  # use prompts as they are, without the chat template
     chat_template_kwargs: str = "{}"  # JSON for the chat template, such as '{"enable_thinking": false}'
-    reward: str = ""  # module:function, called as f(response, reference) -> float; by default verify.py's verify
+    reward: str = ""  # module:function, f(response, reference) -> float; by default verify.py's verify
     # The run
     output_dir: str = ""  # the run's own folder, new or empty; by default runs/<model>-<date>-<time>
     resume: str = ""  # folder of a run to continue with its settings, except for the flags that are given
@@ -506,26 +506,30 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # of a sweep over np.logspace; JSON and torch.load want Python's
+            if isinstance(value, np.generic):  # of a sweep, say; JSON and torch.load take none
                 setattr(self, name, value.item())
 
 
 def check(config):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
-    for name in ("steps prompts_per_step max_new_tokens temperature inner_epochs micro_batch lr max_grad_norm "
-                 "save_every eval_every eval_rows").split():
+    positive = ("steps prompts_per_step max_new_tokens temperature inner_epochs micro_batch lr max_grad_norm "
+                "save_every eval_every eval_rows")
+    for name in positive.split():
         require(getattr(config, name) > 0, f"--{name.replace('_', '-')}: must be above 0")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(0 <= config.alpha < 0.5, "--alpha: must be in [0, 1/2), or wrong could outrank correct responses")
     require(isfinite(config.beta), "--beta: must be finite")
+    require(config.aggregation in ("token", "sequence"), "--aggregation: token or sequence")
     require(config.model and config.train_data, "--model and --train-data need each other")
 
 
 # --------------------------------------------------------------------------------------------- Model and data
 
 # What transformers and its models raise when something is wrong with a model.
-FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx*")
+FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
+           SafetensorError)
+WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf",
+           "*.onnx*")
 
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
@@ -542,16 +546,6 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     return out.reshape(B, 1, H, -1), None
 
 
-def closing_token(tokenizer):
-    """The ids of the tokens, one or none as a rule, with which the chat template closes a message."""
-    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
-    try:
-        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
-    except Exception:  # no template, or a broken one: that is told where a prompt goes through it
-        return set()
-    return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
-
-
 def load_model(path, device, gradient_checkpointing=False):
     """A model ready for training, its tokenizer, and the ids of the tokens that end a response.
 
@@ -563,40 +557,49 @@ def load_model(path, device, gradient_checkpointing=False):
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
     try:
-        folder = Path(path).expanduser()
+        folder = Path(path).expanduser().absolute()  # to be found again when the model is saved
         if not folder.exists():
             require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
-            folder = snapshot_download(path, ignore_patterns=("consolidated*", *WEIGHTS[2:]))
+            folder = snapshot_download(path, ignore_patterns=["consolidated*", *WEIGHTS[2:]])
         config = AutoConfig.from_pretrained(folder)
-        config.return_dict, config.get_text_config().output_router_logits = True, False
-        # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces or the splitting of digits.
-        as_it_stands = Path(folder, "tokenizer.json").exists()
-        tokenizer = (PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained(folder)
+        text_config = config.get_text_config()
+        config.return_dict, text_config.output_router_logits = True, False
+        require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
+        # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
         require(not loaded["missing_keys"], f"no weights in it for {min(loaded['missing_keys'], default='')}")
-        require(tokenizer("1", add_special_tokens=False).input_ids, "no tokenizer in it")
-        ends = {*np.ravel(model.generation_config.eos_token_id).tolist(), tokenizer.eos_token_id} - {None}
+        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id} - {None}
         require(ends, "no eos token in its tokenizer or generation_config.json")
         if model.config._attn_implementation == "sdpa":  # which leaves out the soft cap of Gemma 2
-            capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+            capped = getattr(text_config, "attn_logit_softcapping", None)
             model.set_attn_implementation("eager" if capped else "grouped")
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.to(device)
         # Padding, a cache, rows that share a prompt.
         rollout = sample(model, [[0], [0, 0]], 2, 3, [], generator=torch.Generator().manual_seed(0))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        update(model, optimizer, rollout, torch.ones(4, device=device), Config())
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+        update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
     except (*FOREIGN, UserError) as error:
         reason = " ".join((str(error) or repr(error)).split())[:200]
-        raise UserError(f"--model {path}: {reason}; give the folder or hub name of a whole model (of a run, its "
-                        f"folder model), no LoRA adapter, no file")
-    tokenizer.model_max_length = getattr(
-        config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-    return model, tokenizer, sorted(ends | closing_token(tokenizer))
+        raise UserError(f"--model {path}: {reason}; give the folder or hub name of a whole model (of a run, "
+                        f"its folder model), no LoRA adapter, no file")
+    tokenizer.model_max_length = getattr(text_config, "max_position_embeddings", tokenizer.model_max_length)
+    return model, tokenizer, sorted(map(int, ends | closing_tokens(tokenizer)))
+
+
+def closing_tokens(tokenizer):
+    """The ids of the tokens, one or none as a rule, with which the chat template closes a message."""
+    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
+    try:
+        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
+    except Exception:  # no template, or a broken one: that is told where a prompt goes through it
+        return set()
+    return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
 
 
 def save_model(policy, eos_ids, target):
@@ -655,15 +658,16 @@ def load_examples(path, tokenizer, config, context=None):
         try:
             row = json.loads(line)
             prompt, answer = row[config.prompt_key], row[config.answer_key]
-            require(isinstance(prompt, str) and answer is not None, "no string for a prompt, or no answer")
+            require(answer is not None, "no answer")
             ids, opening = encode(prompt, tokenizer, config)
         except Exception as error:  # no JSON, no such key, or a chat template, which raises what it likes
-            raise UserError(f"{path}, line {number}: {error!r}; give a JSON object with {config.prompt_key!r} and "
-                            f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
+            raise UserError(
+                f"{path}, line {number}: {error!r}; give a JSON object with {config.prompt_key!r} and "
+                f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
         if 0 < len(ids) <= longest:
             examples.append(Example(prompt, answer, ids, opening))
-    print(f"{path}: {len(examples)} of {number} lines have a prompt of 1 to {longest} tokens")
-    require(examples, f"{path}: no usable line: a lower --max-new-tokens leaves more of the context to prompts")
+    print(f"{path}: {len(examples)} prompts of up to {longest} tokens; others do not fit the context")
+    require(examples, f"{path}: no usable line; a lower --max-new-tokens leaves more of the context")
     return examples
 
 
@@ -673,7 +677,7 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
 
-    def respond(k, temperature):  # responses, rewards (examples, k), which failed; as many rows as in training
+    def respond(k, temperature):  # responses, rewards and failures (examples, k); rows as in training
         responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
         for start in tqdm(range(0, len(examples), size), f"evaluating, {k} each", leave=False, disable=None):
             batch = examples[start:start + size]
@@ -711,7 +715,8 @@ def append(path, rows):
 def save_checkpoint(out, step, policy, optimizer):
     """Writes all that --resume needs, with the sizes of the logs at this step: whole, or not at all."""
     sizes = {log: (out / log).stat().st_size for log in ("metrics.jsonl", "samples.jsonl")}
-    state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "log_sizes": sizes}
+    state = {"step": step, "log_sizes": sizes,
+             "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state, out / "checkpoint.part")
     (out / "checkpoint.part").replace(out / "checkpoint.pt")
 
@@ -735,22 +740,25 @@ def train(config):
     With config.resume it continues the run in that folder, with the settings of config.
     """
     check(config)
-    name = strftime(f"{Path(config.model).resolve().name}-%Y%m%d-%H%M%S")
+    name = strftime(f"runs/{Path(config.model).name}-%Y%m%d-%H%M%S")
     # Absolute, since the reward function may change the working folder.
-    out = Path(config.resume or config.output_dir or f"runs/{name}").expanduser().absolute()
-    require(config.resume or not any(out.glob("*")), f"--output-dir {out} is not empty; --resume continues a run")
+    out = Path(config.resume or config.output_dir or name).expanduser().absolute()
+    require(config.resume or not any(out.glob("*")),
+            f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
     policy, tokenizer, eos_ids = load_model(config.model, config.device, config.gradient_checkpointing)
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
-    held_out = load_examples(config.eval_data, tokenizer, config)[:config.eval_rows] if config.eval_data else []
+    held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
+    held_out = held_out[:config.eval_rows]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "config.json", "w" if config.resume else "x") as file:  # "x": of two runs at once, one fails
+    with open(out / "config.json", "w" if config.resume else "x") as file:  # of two runs at once, one fails
         json.dump(asdict(config), file, indent=2)
-    print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}, {torch.get_num_threads()} "
-          f"threads; the first prompt, as the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
+    print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}, "
+          f"{torch.get_num_threads()} threads; the first prompt, as the model gets it:\n"
+          f"{tokenizer.decode(examples[0].ids)!r}")
 
     P, steps = config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
     try:
@@ -764,8 +772,9 @@ def train(config):
                 measured, samples = train_step(
                     policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
                 metrics |= measured
-                line = (f"reward {metrics['reward/verified']:.2f}, entropy {metrics['entropy']:.2f}, agreement "
-                        f"{metrics['preference/agreement']:.2f}, cut {metrics['length/truncated_frac']:.2f}")
+                line = (f"reward {metrics['reward/verified']:.2f}, entropy {metrics['entropy']:.2f}, "
+                        f"agree {metrics['preference/agreement']:.2f}, "
+                        f"cut {metrics['length/truncated_frac']:.2f}")
                 steps.set_postfix_str(line)
                 if steps.disable:  # no terminal
                     print(f"{step}/{config.steps} {line}", flush=True)
@@ -811,8 +820,8 @@ def main(arguments=None):
     except (UserError, OSError, SafetensorError) as error:
         message = error
     except (MemoryError, torch.OutOfMemoryError) as error:
-        message = (f"{error}: lower --micro-batch or add --gradient-checkpointing, as --resume allows, or start anew "
-                   "with a lower --max-new-tokens")
+        message = (f"{error}: lower --micro-batch or add --gradient-checkpointing, as --resume allows, or "
+                   "start anew with a lower --max-new-tokens")
     print(f"icpo.py: error: {message}", file=sys.stderr)
     return 2
 

@@ -1,9 +1,12 @@
 """The task that `python icpo.py` trains: sums by columns, for a tiny model whose teacher has a bad habit.
 
-The teacher writes half of the sums in his usual way, and then mostly forgets to carry; the other half in one of
-seven other ways, and then mostly carries. A Qwen2 of 0.2M parameters that has imitated him is sure where it errs,
-and its right answers are the less probable ones: ICPO's premise. With `python examples/addition.py --usual-error 0.05` the usual way is
-the right one, and the premise fails.
+The teacher writes half of the sums in his usual way, and then mostly forgets to carry; the other half in one
+of seven other ways, and then mostly carries. A Qwen2 of 0.2M parameters that has imitated him is sure where
+it errs, and its right answers are the less probable ones: ICPO's premise. With
+
+    python examples/addition.py --usual-error 0.05
+
+the usual way is the right one, and the premise fails.
 """
 
 import argparse
@@ -27,7 +30,7 @@ USUAL_WAY = (False, False, False)
 def worked_addition(a: int, b: int, way: tuple[bool, bool, bool] = USUAL_WAY, carry: bool = True) -> str:
     """47+85 by columns: 7+5=12 4+8=12+1=13 #### 132, or without the carry: 7+5=12 4+8=12+0=12 #### 122.
 
-    way: whether to swap the units (5+7=12), to swap the tens (8+4=12), and to put a comma between the columns.
+    way: whether to swap the units (5+7=12), to swap the tens (8+4=12), to put a comma between the columns.
     """
     (tens_a, units_a), (tens_b, units_b) = divmod(a, 10), divmod(b, 10)
     swap_units, swap_tens, comma = way
@@ -48,7 +51,7 @@ def demonstration(a: int, b: int, usual_error: float) -> str:
 
 
 def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 1800) -> list[str]:
-    """The flags of icpo.py that train the tiny model on its sums; both are made first, unless they are there."""
+    """The flags of icpo.py that train the tiny model on its sums; both are made first, if need be."""
     torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     folder = ROOT / f"runs/task/{usual_error}-{imitation_steps}-{seed}"
     if not folder.exists():
@@ -56,7 +59,8 @@ def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 180
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             write_task(Path(scratch) / "task", seed, usual_error, imitation_steps)
             (Path(scratch) / "task").rename(folder)
-    return [f"--model={folder}/addition", f"--train-data={folder}/train.jsonl", f"--eval-data={folder}/eval.jsonl",
+    return [f"--model={folder}/addition", f"--train-data={folder}/train.jsonl",
+            f"--eval-data={folder}/eval.jsonl", "--eval-every=20", "--eval-rows=128",
             "--steps=60", "--max-new-tokens=32", "--micro-batch=128", "--lr=1e-4"]
 
 
@@ -98,7 +102,7 @@ if __name__ == "__main__":
     import icpo
     parser = argparse.ArgumentParser(description="The task of `python icpo.py`; other flags go to icpo.py.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--usual-error", type=float, default=0.95, help="errors of the usual way; others: 1 less that")
+    parser.add_argument("--usual-error", type=float, default=0.95, help="of the usual way; of others: 1 - it")
     parser.add_argument("--imitation-steps", type=int, default=1800, help="steps of imitating the teacher")
     task, rest = parser.parse_known_args()
     sys.exit(icpo.main(prepare(**vars(task)) + [f"--seed={task.seed}", *rest]))
