@@ -44,6 +44,12 @@ def test_tables_are_those_of_the_logs(monkeypatch, capsys):
     for quoted in re.findall(r"[+−]?\d\.\d{3} ± \d\.\d{3}", README) if reported else ():
         assert quoted.replace("−", "-") in TABLES, quoted
     first = rows_of(RESULTS / "first_run.jsonl")
+    assert {row["eval/accuracy"] for row in first if row["step"] == 60} == {1.0}
+    cells = {"step": 0}, {"step": 60, "alpha": 0.1}, {"step": 60, "alpha": 0.0}
+    ranges = ([row["eval/mean_at_k"] for row in first if cell.items() <= row.items()] for cell in cells)
+    before, after, grpo = (f"{min(values):.2f}–{max(values):.2f}" for values in ranges)
+    assert f"from {before} to {after}; with GRPO (`--alpha 0`) to {grpo}." in README.replace("\n", " ")
+    first = [row for row in first if row["seed"] == 0 and row["alpha"] == 0.1]
     times, grpo = (rows_of(RESULTS / f"times_tables/{name}/metrics.jsonl") for name in ("icpo", "grpo"))
     for before, *_, after in (first, times):
         for row in (before, after):
