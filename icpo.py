@@ -557,7 +557,7 @@ def load_model(path, device, gradient_checkpointing=False):
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
     try:
-        folder = Path(path).expanduser().absolute()  # to be found again when the model is saved
+        folder = Path(path).absolute()  # to be found again when the model is saved
         if not folder.exists():
             require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
             folder = snapshot_download(path, ignore_patterns=["consolidated*", *WEIGHTS[2:]])
@@ -652,7 +652,7 @@ def load_examples(path, tokenizer, config, context=None):
     context: tokens of a prompt and its response together, by default the model's.
     """
     examples, longest = [], (context or tokenizer.model_max_length) - config.max_new_tokens
-    for number, line in enumerate(Path(path).expanduser().read_bytes().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -705,13 +705,6 @@ def batch_indices(total, step, count, seed):
     return np.concatenate(orders)[start:start + count].tolist()
 
 
-def append(path, rows):
-    """Adds rows to a JSON Lines file."""
-    # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def save_checkpoint(out, step, policy, optimizer):
     """Writes all that --resume needs, with the sizes of the logs at this step: whole, or not at all."""
     sizes = {log: (out / log).stat().st_size for log in ("metrics.jsonl", "samples.jsonl")}
@@ -742,7 +735,7 @@ def train(config):
     check(config)
     name = strftime(f"runs/{Path(config.model).name}-%Y%m%d-%H%M%S")
     # Absolute, since the reward function may change the working folder.
-    out = Path(config.resume or config.output_dir or name).expanduser().absolute()
+    out = Path(config.resume or config.output_dir or name).absolute()
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
@@ -750,7 +743,6 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    held_out = held_out[:config.eval_rows]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
     out.mkdir(parents=True, exist_ok=True)
@@ -779,9 +771,12 @@ def train(config):
                 if steps.disable:  # no terminal
                     print(f"{step}/{config.steps} {line}", flush=True)
             if held_out and (step % config.eval_every == 0 or step == config.steps):
-                metrics |= evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
-            append(out / "metrics.jsonl", [metrics])
-            append(out / "samples.jsonl", [{"step": step} | row for row in samples[:config.group_size]])
+                metrics |= evaluate(policy, tokenizer, eos_ids, held_out[:config.eval_rows], reward, config)
+            samples = [{"step": step} | row for row in samples[:config.group_size]]  # the first group's
+            for log, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+                # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
+                with open(out / log, "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if step % config.save_every == 0 or step == config.steps:
                 save_checkpoint(out, step, policy, optimizer)
                 saved = step
