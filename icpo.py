@@ -528,8 +528,7 @@ def check(config):
 # What transformers and its models raise when something is wrong with a model.
 FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
            SafetensorError)
-WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf",
-           "*.onnx*")
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's folder, when it is saved again
 
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
@@ -560,7 +559,7 @@ def load_model(path, device, gradient_checkpointing=False):
         folder = Path(path).absolute()  # to be found again when the model is saved
         if not folder.exists():
             require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
-            folder = snapshot_download(path, ignore_patterns=["consolidated*", *WEIGHTS[2:]])
+            folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
         config = AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
         config.return_dict, text_config.output_router_logits = True, False
@@ -611,8 +610,9 @@ def save_model(policy, eos_ids, target):
     config = AutoConfig.from_pretrained(source)
     policy.generation_config = GenerationConfig()  # some that can be loaded cannot be saved
     policy.to(config.dtype or config.get_text_config().dtype or torch.float32).save_pretrained(target)
-    ignored = shutil.ignore_patterns(*WEIGHTS, "checkpoint*", ".*")
-    shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+    for path in (path for pattern in COPIED for path in Path(source).glob(pattern)):
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
     path = target / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos_ids}, indent=2))
 
@@ -752,7 +752,7 @@ def train(config):
           f"{torch.get_num_threads()} threads; the first prompt, as the model gets it:\n"
           f"{tokenizer.decode(examples[0].ids)!r}")
 
-    P, steps = config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
+    metrics, P, steps = {}, config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
     try:
         for step in steps:
             metrics, samples = {"step": step}, []

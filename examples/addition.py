@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging, set_seed
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +55,7 @@ def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 180
     torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     folder = ROOT / f"runs/task/{usual_error}-{imitation_steps}-{seed}"
     if not folder.exists():
+        print("first the tiny model imitates the teacher, for a minute or two", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             write_task(Path(scratch) / "task", seed, usual_error, imitation_steps)
@@ -66,6 +67,7 @@ def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 180
 
 def write_task(folder: Path, seed: int, usual_error: float, imitation_steps: int):
     """Writes sums to the folder, and a tiny Qwen2 that has imitated the teacher."""
+    logging.disable_progress_bar()  # transformers' own, for files
     set_seed(seed)
     # A token is a byte.
     vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
