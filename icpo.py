@@ -439,7 +439,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     # 2. Verify.
     rewards, failed = score_responses(reward, responses, examples)
     require(optimizer.state or not failed.all(),
-            f"--reward {config.reward}: every call of the first step fails")
+            f"--reward {config.reward}: all calls of the first step failed")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
