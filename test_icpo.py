@@ -13,7 +13,6 @@ import math
 import os
 import re
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ from icpo import (
     score_responses, sequence_log_prob, token_log_probs, uniform_groups)
 
 torch.set_num_threads(1)  # several threads that wait for each other crawl on a busy machine
-# Thirty groups of five: all that have both 0 and 1, and random multiples of 1/1024, whose differences are exact.
+# Thirty groups of five: all that have both 0 and 1; random multiples of 1/1024, whose differences are exact.
 BINARY = torch.tensor(list(itertools.product([0.0, 1.0], repeat=5))[1:-1])
 L, REWARDS = torch.randint(-3072, 1, (2, 30, 5), generator=torch.Generator().manual_seed(0)) / 1024
 
@@ -177,7 +176,8 @@ def test_nothing_flows_through_a_and_its_inputs_stay_as_they_are():
 
 
 def test_the_std_of_a_group_is_unbiased():
-    assert group_advantage(torch.eye(8)).amax(dim=1).tolist() == pytest.approx([7 / math.sqrt(8)] * 8)  # 2.474
+    A = group_advantage(torch.eye(8))  # one success in eight
+    assert_close(A.diagonal(), torch.full((8,), 7 / math.sqrt(8)))  # 2.474
 
 
 METHOD = {
@@ -415,7 +415,7 @@ TAIL = [n / 50 for n in range(1, 50)]  # ways through 20,000 tokens of 1e-8; 1 +
     ids=["the ends of the unit interval draw possible tokens", "a tail too fine for float32 is drawn"])
 def test_inverse_cdf(logits, uniforms, tokens, monkeypatch):
     def forward(input_ids, **kwargs):
-        return SimpleNamespace(logits=on(logits).float().expand(len(input_ids), 1, -1))
+        return SimpleNamespace(logits=on(logits).expand(len(input_ids), 1, -1))
 
     model, numbers = qwen2(), torch.tensor(uniforms, dtype=torch.float64)[:, None]
     monkeypatch.setattr(model, "forward", forward)
@@ -453,7 +453,7 @@ def test_bf16_logits_are_normalized_in_float32():
 
 def test_a_failed_call_scores_as_the_lowest_of_its_group_or_zero_and_is_shown_once(caplog):
     warning_once.cache_clear()
-    responses = ["1", "-1", "math.nan", "-math.inf", "1", "[]", "1 / 0", "sys.exit()", "?"]
+    responses = ["1", "-1", "math.nan", "-math.inf", "1", "[]", "1 / 0", "exec('raise SystemExit')", "?"]
     rewards, failed = score_responses(lambda text, _: eval(text), responses, [Example("", "r", [])] * 3)
     assert rewards.tolist() == [[1, -1, -1], [1, 1, 1], [0, 0, 0]]
     assert failed.tolist() == [[False, False, True], [True, False, True], [True, True, True]]
@@ -643,7 +643,7 @@ def test_train_step_is_the_six_lines_of_the_header():
         assert row["advantage"] == pytest.approx(A[b], abs=1e-4)
     assert metrics["reward/verified"] == pytest.approx(statistics.mean(rewards))
     assert metrics["reward/errors"] == 4
-    gradient, _ = update_gradient(before, rollout, on(A).float())
+    gradient, _ = update_gradient(before, rollout, on(A))
     assert_close(moved(model, before), -0.1 * gradient, atol=1e-6, rtol=1e-3)
     assert any(A[:4]) and any(A[4:])
 
