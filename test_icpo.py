@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import pad
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import warning_once
@@ -150,8 +149,7 @@ def test_with_three_values_of_l_a_is_not_that_of_grpo():
 def test_equal_rewards_give_exactly_zero(reward):
     for G in range(2, 17):
         rewards, l = torch.full((1, G), reward), torch.arange(G)[None] / -7
-        assert group_advantage(rewards).eq(0).all()
-        assert icpo_advantage(rewards, l, 0.4, 10.0).eq(0).all()
+        assert group_advantage(rewards).eq(0).all() and icpo_advantage(rewards, l, 0.4, 10.0).eq(0).all()
 
 
 def test_equal_rewards_give_alpha_times_s_if_uniform_groups_are_kept():
@@ -212,8 +210,7 @@ def test_clip_table(A, ratio, slope):
 def batch():
     """Arguments of policy_loss for five responses, with rubbish in the padding."""
     mask = torch.arange(7) < torch.tensor([7, 1, 3, 2, 5])[:, None]
-    generator = torch.Generator().manual_seed(3)
-    numbers = torch.randn(4, 5, 7, generator=generator, dtype=torch.float64) * 0.4
+    numbers = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.4
     new, old, ref = torch.where(mask, numbers[:3] - 1, torch.nan)
     return dict(log_probs=new, old_log_probs=old, ref_log_probs=ref, advantages=numbers[3, :, 0], mask=mask,
                 kl_coef=0.3, clip_low=0.1, clip_high=0.3)
@@ -375,8 +372,8 @@ def test_a_sampled_row_is_what_it_would_be_alone_whatever_the_generation_config_
 def test_a_scored_row_is_what_it_would_be_alone_whatever_is_in_the_padding(model, nine):
     inside = on(range(5)) >= 5 - nine.prompt_lengths[:, None]
     padded = copy.copy(nine)
-    padded.prompts = pad(torch.where(inside, nine.prompts, 13), (6, 0), value=EOS)
-    padded.ids = pad(torch.where(nine.mask, nine.ids, 13), (0, 6), value=EOS)
+    padded.prompts = torch.nn.functional.pad(torch.where(inside, nine.prompts, 13), (6, 0), value=EOS)
+    padded.ids = torch.nn.functional.pad(torch.where(nine.mask, nine.ids, 13), (0, 6), value=EOS)
     scored = token_log_probs(model, padded, 0.7)
     assert scored.dtype == torch.float32 and scored[~padded.mask].eq(0).all()
     assert_close(scored[padded.mask].double(), plain_log_probs(model, nine, 0.7), atol=1e-5, rtol=0)
@@ -385,8 +382,7 @@ def test_a_scored_row_is_what_it_would_be_alone_whatever_is_in_the_padding(model
 def test_a_row_ends_with_its_first_end_token_or_is_truncated(nine):
     for response, truncated in zip(nine.responses(), nine.truncated.tolist()):
         *before, last = [token in ENDS for token in response]
-        assert not any(before) and last != truncated
-        assert last or len(response) == 8
+        assert not any(before) and last != truncated and (last or len(response) == 8)
     assert nine.truncated.any() and not nine.truncated.all()
     assert nine.ids[~nine.mask].eq(PROMPTS[0][0]).all()  # the padding is a token in use
 
@@ -411,8 +407,9 @@ TAIL = [n / 50 for n in range(1, 50)]  # ways through 20,000 tokens of 1e-8; 1 +
 
 @pytest.mark.parametrize("logits, uniforms, tokens", [
     ([-math.inf, 0, -math.inf, 0, -math.inf], [0, 0.5 - 2**-53, 0.5, 1 - 2**-53], [1, 1, 3, 3]),
+    ([math.nan] * 5, [0, 0.9], [4, 4]),
     ([0] + [math.log(1e-8)] * 20_000, [(1 + x * 2e-4) / 1.0002 for x in TAIL], [x * 20_000 for x in TAIL])],
-    ids=["the ends of the unit interval draw possible tokens", "a tail too fine for float32 is drawn"])
+    ids=["the ends of the unit interval", "NaN draws a token that exists", "a tail too fine for float32"])
 def test_inverse_cdf(logits, uniforms, tokens, monkeypatch):
     def forward(input_ids, **kwargs):
         return SimpleNamespace(logits=on(logits).expand(len(input_ids), 1, -1))
@@ -574,8 +571,7 @@ def test_metrics_of_an_update_are_those_of_its_last_epoch(model):
     ratio, A = (new - old).exp(), random_advantages().repeat_interleave(rollout.lengths)
     clipped = (A > 0) & (ratio > 1.28) | (A < 0) & (ratio < 0.8)
     expected = {
-        "ratio/clip_frac": clipped.double(),
-        "kl/old": ratio - (new - old) - 1,
+        "ratio/clip_frac": clipped.double(), "kl/old": ratio - (new - old) - 1,
         "kl/ref": (ref - new).exp() - (ref - new) - 1,
         "sampling/logp_difference": (old - rollout.log_probs[rollout.mask]).abs()}
     for name, values in expected.items():
@@ -586,11 +582,11 @@ def test_uniform_batches_and_gradients_that_are_not_finite_make_no_step(caplog):
     warning_once.cache_clear()
     model = qwen2()
     rollout, before = draw(model), copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    metrics = icpo.update(model, optimizer, rollout, on([0.0] * 12), settings())
-    assert metrics["grad_norm"] == metrics["update/skipped"] == 0
+    optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=0.1)  # gradients of others must go, too
     metrics = icpo.update(model, optimizer, rollout, on([math.inf] * 12), settings())
     assert metrics["update/skipped"] == caplog.text.count("an update was skipped") == 1
+    metrics = icpo.update(model, optimizer, rollout, on([0.0] * 12), settings())
+    assert metrics["grad_norm"] == metrics["update/skipped"] == 0
     assert moved(model, before).eq(0).all()
 
 
@@ -642,9 +638,13 @@ def test_train_step_is_the_six_lines_of_the_header():
         assert (row["reward"], row["confidence"]) == (rewards[b], pytest.approx(l[b]))
         assert row["advantage"] == pytest.approx(A[b], abs=1e-4)
     assert metrics["reward/verified"] == pytest.approx(statistics.mean(rewards))
-    assert metrics["reward/errors"] == 4
+    assert metrics["reward/errors"] == 4 and any(A[:4]) and any(A[4:])
     gradient, _ = update_gradient(before, rollout, on(A))
     assert_close(moved(model, before), -0.1 * gradient, atol=1e-6, rtol=1e-3)
-    assert any(A[:4]) and any(A[4:])
+    with pytest.raises(icpo.UserError, match="all calls of the first step failed"):
+        icpo.train_step(model, letters, ENDS, optimizer, examples[2:], reward, config)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    with pytest.raises(icpo.UserError, match="no longer finite"):
+        icpo.train_step(model, letters, ENDS, optimizer, examples[:2], reward, config)
 
 
