@@ -64,3 +64,14 @@ def tiny(tmp_path_factory):
     saved(folder, PLAIN)
     (folder / "generation_config.json").write_text('{"temperature": 0.9, "eos_token_id": 257}')
     return folder
+
+
+def tiny_run(model, out, *flags):
+    """The flags of a run of one step; where one is given twice, the later one holds."""
+    return ["--model", model, "--train-data", model / "one.jsonl", "--output-dir", out, "--device", "cpu",
+            "--max-new-tokens", 4, "--steps", 1, *flags]
+
+
+def by_letters(response, reference):
+    """A reward that differs within nearly every group."""
+    return sum(map(ord, response)) % 3 / 2
