@@ -68,6 +68,13 @@ def examples_of(folder, tokenizer, rows, **changes):
     return icpo.load_examples(str(data), tokenizer, Config(max_new_tokens=9, **changes))
 
 
+def texts(tokenizer, responses, openings=("",), truncated=False):
+    """What the reward gets of these responses to one prompt, or to prompts that end with these openings."""
+    cut = torch.full((len(responses),), truncated)
+    rollout = SimpleNamespace(lengths=cut, truncated=cut, responses=lambda: responses)
+    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening) for opening in openings])
+
+
 def learning_run(model, out, *flags):
     """The flags of a run whose weights move in every step, with a checkpoint of each."""
     return tiny_run(model, out, "--eval-data", model / "one.jsonl", "--lr", 1e-2, "--steps", 4, "--save-every", 1,
@@ -172,9 +179,9 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(tiny, tmp_path):
 
 def test_ctrl_c_is_one_line_that_names_the_folder_to_resume(tiny, tmp_path, monkeypatch, capfd):
     def reward(response, reference):
-        if response is None or len(calls) == 3 * 16 + 2:
-            signal.raise_signal(signal.SIGINT)
         calls.append(response)
+        if len(calls) == 3 * 16 + 2:
+            signal.raise_signal(signal.SIGINT)
         return by_letters(response, reference)
 
     calls, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -186,7 +193,7 @@ def test_ctrl_c_is_one_line_that_names_the_folder_to_resume(tiny, tmp_path, monk
         signal.signal(signal.SIGINT, before)
     line = f"icpo.py: stopped; --resume {out} continues after step 2"
     assert capfd.readouterr().err.strip().split("\n")[-1] == line
-    assert len(calls) == 3 * 16 + 2 and len(rows_of(out / "metrics.jsonl")) == 4  # steps 0 to 3
+    assert len(rows_of(out / "metrics.jsonl")) == 4  # steps 0 to 3
     assert run("--resume", out) == run(*learning_run(tiny, tmp_path / "whole", *flags)) == 0
     assert result_of(out) == result_of(tmp_path / "whole")
 
@@ -286,7 +293,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     (tmp_path / "verify.py").write_text("def verify(response, reference): return len(response) % 4 / 4")
     flags = ["--eval-data", tiny / "one.jsonl", "--eval-every", 2, "--steps", 6, "--beta", "-1e1", "--alpha", 0.3]
     shown = in_a_process(*tiny_run(tiny, "run", *flags, "--reward", "verify:verify"), cwd=tmp_path)
-    assert shown.returncode == 0 and shown.stderr == "", shown.stderr
+    assert shown.returncode == 0 and not re.search(r"[\r|]|%", shown.stderr), shown.stderr
     lines = shown.stdout.splitlines()
     assert [line[:4] for line in lines if re.match(r"\d/6 ", line)] == [f"{n}/6 " for n in range(1, 7)]
     assert sum(line.startswith("accuracy ") for line in lines) == 4 and len(lines) < 6 + 4 + 8
@@ -302,7 +309,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "--alpha: must be in [0, 1/2)"),
     ("--alpha -1", "--alpha"), ("--beta inf", "--beta: must be finite"), ("--beta nan", "--beta: must be finite"),
     ("--steps 0", "--steps: must be above 0"), ("--lr nan", "--lr: must be above 0"), ("--temperature 0", "above 0"),
-    ("--seed -1", "--seed"), ("--aggregation mean", "--aggregation"), ("--kl-coef -1", "--kl-coef"),
+    ("--seed -1", "--seed"), ("--aggregation mean", "--aggregation"), 
     ("--train-data=", "--model and --train-data need each other"), ("--model=", "need each other"),
     ("--output-dir .", "not empty"), ("--resume absent", "No such file or directory: 'absent/config.json'"),
     ("--max-new-tokens 500", "no usable line"), ("--chat-template-kwargs {", "JSONDecodeError"),
@@ -392,3 +399,236 @@ def test_checkpoints_that_are_missing_damaged_or_of_another_model_are_told(tiny,
             (out / "checkpoint.pt").write_bytes(content)
         assert f"no checkpoint of this model in {out}, or a damaged one" in error_of(capfd, "--resume", out)
     assert [(out / log).read_bytes() for log in LOGS] == logs
+
+
+# -------------------------------------------------------------------- The model comes out as it went in
+
+def log_probs_alone(model, rollout, temperature=1.0):
+    """The log-probs of all response tokens by plain forward passes over one row each, in float64."""
+    rows = []
+    for b, response in enumerate(rollout.responses()):
+        prompt = rollout.prompts[b, -rollout.prompt_lengths[b]:].tolist()
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+        log_p = (logits.double() / temperature).log_softmax(dim=1)
+        rows.append(log_p[range(len(response)), response])
+    return torch.cat(rows)
+
+
+def draw(model, eos_ids=range(0, 258, 7)):
+    generator = torch.Generator().manual_seed(0)
+    return icpo.sample(model, [[3, 1, 4, 1, 5], [9], [2, 6, 5]], 3, 9, list(eos_ids), generator=generator)
+
+
+OURS = {"model.safetensors", "generation_config.json"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_saved_is_the_given_folder_with_new_weights_and_end_tokens(tiny, tmp_path, dtype):
+    source, target = tmp_path / "model", tmp_path / "run/model"
+    shutil.copytree(tiny, source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.save_pretrained(source)
+    edit(source / "config.json", attention_dropout=0.1, rope_theta=500.0, of_a_later_version=[1])
+    edit(source / "tokenizer_config.json", model_max_length=77, extra="kept")
+    (source / "preprocessor_config.json").write_text('{"do_resize":  true}\n\n')
+    (source / "custom").mkdir()
+    (source / "custom/notes.txt").write_text("kept")
+    (source / "generation_config.json").write_text('{"temperature": 0.9, "eos_token_id": [257, 9]}')
+    assert run(*learning_run(source, tmp_path / "run", "--train-data", tiny / "one.jsonl")) == 0
+    files = {path.relative_to(source): path for path in source.rglob("*") if path.is_file()}
+    assert {path.relative_to(target) for path in target.rglob("*") if path.is_file()} == files.keys()
+    assert len(files) > 8 and Path("chat_template.jinja") in files
+    changed = {str(name) for name, path in files.items() if path.read_bytes() != (target / name).read_bytes()}
+    assert changed == OURS
+    ends = json.loads((target / "generation_config.json").read_text())
+    assert ends == {"temperature": 0.9, "eos_token_id": [9, 257]}
+    weights, given = load_file(target / "model.safetensors"), load_file(source / "model.safetensors")
+    assert {name: (x.shape, x.dtype) for name, x in weights.items()} == {
+        name: (x.shape, x.dtype) for name, x in given.items()}
+    trained = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    trained.load_state_dict(torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["policy"])
+    loaded = AutoModelForCausalLM.from_pretrained(target)
+    assert loaded.dtype == getattr(torch, dtype) and AutoTokenizer.from_pretrained(target)("is").input_ids == [256]
+    rollout = draw(trained)
+    expected = log_probs_alone(trained.to(loaded.dtype).float(), rollout)
+    assert_close(log_probs_alone(loaded.float(), rollout), expected, atol=1e-6, rtol=0)
+    before = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert (log_probs_alone(before, rollout) - expected).abs().max() > 0.1
+
+
+def test_a_run_in_the_folder_of_its_model_does_not_save_itself(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    assert run(*tiny_run(tmp_path / "model", tmp_path / "model/runs/a", *REWARD)) == 0
+    assert not (tmp_path / "model/runs/a/model/runs/a/model").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model/runs/a/model").dtype == torch.bfloat16
+
+
+def test_weights_are_trained_in_float32_whatever_the_checkpoint_holds(tiny, tmp_path):
+    """In bf16, two steps of at most 4e-7 would be lost."""
+    assert run(*learning_run(tiny, tmp_path / "run", "--lr", 1e-6, "--steps", 2)) == 0
+    weights = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["policy"]
+    moved = [(x != weights[name]).flatten() for name, x in load_file(tiny / "model.safetensors").items()]
+    assert torch.cat([x.float() for x in moved]).mean() > 0.4
+
+
+SIZES = {key: SHAPE[key] for key in SHAPE if key != "max_position_embeddings"} | {"max_position_embeddings": 64}
+VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+ARCHITECTURES = {  # special in cache, head or body; with images, dropout, noise, or more outputs
+    "OPTForCausalLM": transformers.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, layerdrop=0.5),
+    "Gemma2ForCausalLM": transformers.Gemma2Config(
+        **SIZES, head_dim=8, final_logit_softcapping=1.5, attn_logit_softcapping=0.5, sliding_window=4),
+    "Gemma3ForConditionalGeneration": transformers.Gemma3Config(
+        text_config=SIZES | dict(head_dim=8, sliding_window=4, attention_dropout=0.4),
+        vision_config=VISION, image_token_index=291, boi_token_index=292, eoi_token_index=293,
+        mm_tokens_per_image=4),
+    "Gemma3nForCausalLM": transformers.Gemma3nTextConfig(  # NaN for a gradient at zeros, as its pad token has
+        **SIZES, head_dim=8, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8, laurel_rank=4,
+        num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 2, layer_types=["full_attention"] * 2),
+    "Mistral3ForConditionalGeneration": transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(**SIZES, head_dim=8), image_token_index=291,
+        vision_config=transformers.PixtralVisionConfig(**VISION)),
+    "GraniteForCausalLM": transformers.GraniteConfig(**SIZES, logits_scaling=3.0),
+    "CohereForCausalLM": transformers.CohereConfig(**SIZES, logit_scale=0.2),
+    "MixtralForCausalLM": transformers.MixtralConfig(
+        **SIZES, num_local_experts=4, output_router_logits=True, router_jitter_noise=0.3),
+    "PhimoeForCausalLM": transformers.PhimoeConfig(**SIZES, num_local_experts=4),  # jitter in eval mode too
+    "Llama4ForCausalLM": transformers.Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=48, num_local_experts=2, head_dim=8),
+    "Qwen3_5ForCausalLM": transformers.Qwen3_5TextConfig(
+        **SIZES | dict(num_hidden_layers=4), head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=8, linear_value_head_dim=8),
+    "FalconForCausalLM": transformers.FalconConfig(
+        **SIZES, attention_dropout=0.1, hidden_dropout=0.1, alibi=False),
+    "AfmoeForCausalLM": transformers.AfmoeConfig(  # names the mask in the call of its attention
+        **SIZES, head_dim=8, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+    "MptForCausalLM": transformers.MptConfig(
+        vocab_size=300, d_model=32, n_layers=2, n_heads=4, max_seq_len=64, resid_pdrop=0.1, emb_pdrop=0.1,
+        eos_token_id=257),
+    "Qwen2ForCausalLM": Qwen2Config(**SIZES, output_hidden_states=True, return_dict=False)}
+NOISY_IN_LAYERS = {"OPTForCausalLM", "FalconForCausalLM"}  # which checkpointing puts in train mode
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loaded_models_get_what_each_row_alone_gets_train_and_are_saved_as_they_were(tmp_path, name):
+    source, kind = tmp_path / "model", getattr(transformers, name)
+    saved(source, make=kind, config=copy.deepcopy(ARCHITECTURES[name]))
+    plain = kind.from_pretrained(  # sdpa leaves out what some architectures have
+        source, dtype=torch.float32, attn_implementation="eager", return_dict=True).eval()
+    checkpointing = name not in NOISY_IN_LAYERS
+    model, _, eos_ids = icpo.load_model(str(source), "cpu", checkpointing)
+    assert model.is_gradient_checkpointing == checkpointing
+    rollout = draw(model)
+    assert len(set(rollout.lengths.tolist())) > 1
+    for log_probs in (rollout.log_probs, icpo.token_log_probs(model, rollout, max_logits=1500)):
+        assert_close(log_probs[rollout.mask].double(), log_probs_alone(plain, rollout), atol=5e-5, rtol=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    metrics = icpo.update(model, optimizer, rollout, torch.randn(9), Config(micro_batch=4))
+    assert metrics["sampling/logp_difference"] < 1e-4 and 0 < metrics["grad_norm"] < math.inf
+    icpo.save_model(model, eos_ids, tmp_path / "again")
+    assert (tmp_path / "again/config.json").read_bytes() == (source / "config.json").read_bytes()
+    again, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "again", source))
+    assert_close(again, first, atol=0, rtol=0)  # the same names and dtypes, too
+
+
+FEW = dict(vocab_size=258, hidden_size=32, num_hidden_layers=2)
+SOME = FEW | dict(num_attention_heads=4, intermediate_size=48, eos_token_id=257)
+
+
+@pytest.mark.parametrize("kind, config, message", [
+    ("Qwen2Model", Qwen2Config(**SOME), "no weights in it for lm_head"),
+    ("Qwen2ForSequenceClassification", Qwen2Config(**SOME), "--model"),
+    ("Qwen2ForCausalLM", Qwen2Config(**SOME | {"eos_token_id": None}), "no eos token"),
+    ("MambaForCausalLM", transformers.MambaConfig(**FEW), "--model"),  # states in place of a cache
+    ("RwkvForCausalLM", transformers.RwkvConfig(**FEW, attention_hidden_size=32), "--model"),
+    ("BertForMaskedLM", transformers.BertConfig(**SOME), "sampled and scored log-probs differ"),  # looks ahead
+    ("OPTForCausalLM", transformers.OPTConfig(
+        **SIZES, ffn_dim=48, word_embed_proj_dim=32), "sampled and scored log-probs differ"),
+    ("OpenAIGPTLMHeadModel", transformers.OpenAIGPTConfig(vocab_size=258, n_embd=36), "--model")])  # no cache
+def test_models_that_cannot_be_trained_get_one_line_and_write_nothing(tmp_path, capfd, kind, config, message):
+    tokenizer = saved(tmp_path / "model", make=getattr(transformers, kind), config=config)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = tiny_run(tmp_path / "model", tmp_path / "run", *REWARD, "--gradient-checkpointing")
+    error = error_of(capfd, *flags)
+    assert message in error and error.startswith(f"--model {tmp_path / 'model'}: ")
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- The tokenizer is its file
+
+def sentencepiece(prepend=False, begin=True):
+    """The layout of Llama 2: spaces as ▁, bytes for what has no token."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghij0123.", "▁a", "ab"]
+    tokenizer = Tokenizer(models.BPE(
+        {piece: i for i, piece in enumerate(pieces)}, [("▁", "a"), ("a", "b")], unk_token="<unk>",
+        fuse_unk=True, byte_fallback=True))
+    if prepend:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        first = [normalizers.Prepend("▁")] if begin else []
+        tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if begin else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return tokenizer
+
+
+def byte_level(*before, prefix=False):
+    """The layout of GPT-2, with what splits the text before."""
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not before)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=285, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(["so 12 and 123 is a sum, and so is 1234\n\nand the end"] * 3, trainer)
+    return tokenizer
+
+
+def begins(tokenizer, token):
+    tokenizer.add_special_tokens([token])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, tokenizer.token_to_id(token))])
+    return tokenizer
+
+
+THREES = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\s\p{N}]+|\s+"), "isolated")
+ONES = pre_tokenizers.Split(Regex(r"\p{N}|[^\s\p{N}]+|\s+"), "isolated")
+LAYOUTS = {
+    "deepseek-math": ("LlamaTokenizerFast", lambda: begins(byte_level(ONES), "<bos>"), {"legacy": True}),
+    "R1-Distill-Llama": ("LlamaTokenizer", lambda: begins(byte_level(THREES), "<bos>"), {"add_bos_token": True}),
+    "deepseek-coder, no BOS": ("LlamaTokenizerFast", lambda: byte_level(ONES), {"add_bos_token": False}),
+    "Llama 2": ("LlamaTokenizer", lambda: begins(sentencepiece(), "<s>"), {"add_bos_token": True, "legacy": False}),
+    "Llama 2, no BOS": ("LlamaTokenizerFast", lambda: sentencepiece(), {"add_bos_token": False}),
+    "Llama 3": ("PreTrainedTokenizerFast", lambda: begins(byte_level(THREES), "<bos>"), {}),
+    "Mistral": ("LlamaTokenizer", lambda: begins(sentencepiece(prepend=True), "<s>"), {"add_prefix_space": None}),
+    "Gemma": ("GemmaTokenizer", lambda: begins(sentencepiece(begin=False), "<s>"), {"add_bos_token": True}),
+    "Qwen": ("Qwen2Tokenizer", lambda: byte_level(ONES), {"add_prefix_space": False}),
+    "SmolLM2": ("GPT2Tokenizer", lambda: byte_level(pre_tokenizers.Digits(individual_digits=True)), {}),
+    "GPT-2, a space first": ("GPT2Tokenizer", lambda: byte_level(prefix=True), {"add_prefix_space": True})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ids_and_texts_are_those_of_the_tokenizer_file(tiny, tmp_path, layout):
+    kind, make, settings = LAYOUTS[layout]
+    tokenizer = make()
+    tokenizer.add_tokens([AddedToken("<think>"), AddedToken(" wide ", lstrip=True, rstrip=True)])
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", rstrip=True), AddedToken("</s>")])
+    saved(tmp_path, vocab_size=400)
+    for old in tmp_path.glob("*token*"):
+        old.unlink()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    begin = "<bos>" if tokenizer.token_to_id("<bos>") else "<s>" if tokenizer.token_to_id("<s>") else None
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": kind, "eos_token": "</s>", "bos_token": begin} | settings))
+    oracle, (_, loaded, _) = Tokenizer.from_file(str(tmp_path / "tokenizer.json")), icpo.load_model(
+        str(tmp_path), "cpu")
+    examples = []
+    for text in ("so 1234 and 56", " a  ab\n\nis it 3 + 4 = 7 .", "é日本\u00a0🙂 don't", "a<think>b <|im_end|>  a wide b",
+                 "\ta b ", "</s>a", "</ s>"):
+        for special in (True, False):
+            expected = oracle.encode(text, add_special_tokens=special).ids
+            assert loaded(text, add_special_tokens=special).input_ids == expected, (text, special)
+        assert texts(loaded, [expected], truncated=True) == [oracle.decode(expected, skip_special_tokens=False)]
+        examples.append(expected)
+    assert len(set(map(tuple, examples))) == 7
