@@ -426,8 +426,8 @@ OURS = {"model.safetensors", "generation_config.json"}
 def test_what_is_saved_is_the_given_folder_with_new_weights_and_end_tokens(tiny, tmp_path, dtype):
     source, target = tmp_path / "model", tmp_path / "run/model"
     shutil.copytree(tiny, source)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    model.save_pretrained(source)
+    edit(source / "generation_config.json", temperature=None)
+    AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(source)
     edit(source / "config.json", attention_dropout=0.1, rope_theta=500.0, of_a_later_version=[1])
     edit(source / "tokenizer_config.json", model_max_length=77, extra="kept")
     (source / "preprocessor_config.json").write_text('{"do_resize":  true}\n\n')
@@ -535,15 +535,14 @@ SOME = FEW | dict(num_attention_heads=4, intermediate_size=48, eos_token_id=257)
 
 
 @pytest.mark.parametrize("kind, config, message", [
-    ("Qwen2Model", Qwen2Config(**SOME), "no weights in it for lm_head"),
-    ("Qwen2ForSequenceClassification", Qwen2Config(**SOME), "--model"),
+    ("Qwen2ForSequenceClassification", Qwen2Config(**SOME), ""), ("Qwen2Model", Qwen2Config(**SOME), ""),
     ("Qwen2ForCausalLM", Qwen2Config(**SOME | {"eos_token_id": None}), "no eos token"),
-    ("MambaForCausalLM", transformers.MambaConfig(**FEW), "--model"),  # states in place of a cache
-    ("RwkvForCausalLM", transformers.RwkvConfig(**FEW, attention_hidden_size=32), "--model"),
-    ("BertForMaskedLM", transformers.BertConfig(**SOME), "sampled and scored log-probs differ"),  # looks ahead
+    ("MambaForCausalLM", transformers.MambaConfig(**FEW), ""),  # states in place of a cache
+    ("RwkvForCausalLM", transformers.RwkvConfig(**FEW, attention_hidden_size=32), ""),
+    ("BertLMHeadModel", transformers.BertConfig(**SOME), "sampled and scored log-probs differ"),  # looks ahead
     ("OPTForCausalLM", transformers.OPTConfig(
         **SIZES, ffn_dim=48, word_embed_proj_dim=32), "sampled and scored log-probs differ"),
-    ("OpenAIGPTLMHeadModel", transformers.OpenAIGPTConfig(vocab_size=258, n_embd=36), "--model")])  # no cache
+    ("OpenAIGPTLMHeadModel", transformers.OpenAIGPTConfig(vocab_size=258, n_embd=36), "")])  # no cache
 def test_models_that_cannot_be_trained_get_one_line_and_write_nothing(tmp_path, capfd, kind, config, message):
     tokenizer = saved(tmp_path / "model", make=getattr(transformers, kind), config=config)
     tokenizer.eos_token = None
@@ -632,3 +631,251 @@ def test_ids_and_texts_are_those_of_the_tokenizer_file(tiny, tmp_path, layout):
         assert texts(loaded, [expected], truncated=True) == [oracle.decode(expected, skip_special_tokens=False)]
         examples.append(expected)
     assert len(set(map(tuple, examples))) == 7
+
+
+# ------------------------------------------------------------------------------------- Prompts and responses
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def test_prompts_go_through_the_chat_template_and_references_stay_as_they_are(tiny, tmp_path):
+    _, tokenizer, _ = icpo.load_model(str(tiny), "cpu")
+    values = [72, 0.5, True, [12, 13], ["a"], {"target": 5, "numbers": [2, None]}, "plain", "so\n#### 18"]
+    rows = [{"q": "2+2 is 4", "a": value} for value in values]
+    keys = {"prompt_key": "q", "answer_key": "a"}
+    examples = examples_of(tmp_path, tokenizer, rows, system_prompt="S", prompt_suffix="!", **keys)
+    assert {tokenizer.decode(example.ids) for example in examples} == {"[system]S[user]2+2 is 4![assistant]"}
+    assert [example.reference for example in examples] == values
+    example, *_ = examples_of(tmp_path, tokenizer, rows, no_chat_template=True, system_prompt="S:", **keys)
+    assert tokenizer.decode(example.ids) == "S:2+2 is 4" and 256 in example.ids
+
+
+def test_prompts_that_leave_no_room_and_blank_lines_are_passed_over(tiny, tmp_path, capsys):
+    _, tokenizer, _ = icpo.load_model(str(tiny), "cpu")
+    room = 256 - 9 - len("[user][assistant]")
+    rows = [json.dumps({"prompt": "x" * n, "answer": "1"}) for n in (room + 1, room)]
+    (tmp_path / "data.jsonl").write_text("\n \n".join(rows))
+    example, = icpo.load_examples(str(tmp_path / "data.jsonl"), tokenizer, Config(max_new_tokens=9))
+    assert len(example.ids) == 256 - 9 and "1 of 3 lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kwargs, end", [
+    ("{}", "<think>\n"), ('{"enable_thinking": false}', "<think>\n\n</think>\n\n")])
+def test_chat_template_kwargs_reach_the_template(tmp_path, capfd, kwargs, end):
+    thought = "<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
+    saved(tmp_path / "model", CHATML.replace("{% endif %}", thought + "{% endif %}"))
+    flags = ["--chat-template-kwargs", kwargs, "--prompt-suffix", " é?", *REWARD]
+    assert run(*tiny_run(tmp_path / "model", tmp_path / "run", *flags)) == 0
+    prompt = f"<|im_start|>user\n1 é?<|im_end|>\n<|im_start|>assistant\n{end}"
+    assert repr(prompt) in capfd.readouterr().out.splitlines()
+    opened = [row["response"].startswith(end) for row in rows_of(tmp_path / "run/samples.jsonl")]
+    assert opened == [kwargs == "{}"] * 8
+
+
+@pytest.mark.parametrize("end, opening", [
+    ("<think>\n", "<think>\n"), ("", ""), ("<think>\n\n", "<think>\n\n"), ("<think>\n\n</think>\n\n", "")])
+def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, end, opening):
+    saved(tmp_path, CHATML.replace("assistant\n{% endif", f"assistant\n{end}{{% endif"))
+    _, tokenizer, _ = icpo.load_model(str(tmp_path), "cpu")
+    example, = examples_of(tmp_path, tokenizer, [{"prompt": "Write <think> first.", "answer": "7"}])
+    assert example.opening == opening and tokenizer.decode(example.ids).startswith("<|im_start|>user")
+    ids = tokenizer("maybe \\boxed{7}").input_ids
+    cut, other = texts(tokenizer, [ids, ids], [example.opening, "<x>"], truncated=True)
+    assert (cut, other) == (opening + "maybe \\boxed{7}", "<x>maybe \\boxed{7}")
+    assert verify(cut, "7") is (opening == "")
+
+
+@pytest.mark.parametrize("kind", ["plain", "special"])
+def test_the_token_that_closes_a_message_ends_a_response_and_is_all_that_the_reward_does_not_see(tmp_path, kind):
+    tokenizer = saved(tmp_path, CHATML, **{kind: ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]})
+    _, loaded, eos_ids = icpo.load_model(str(tmp_path), "cpu")
+    assert eos_ids == [257, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    written = "<think>3 + 4 .</think>7"
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        ids = tokenizer(written + end).input_ids
+        assert texts(loaded, [ids, ids[-1:]]) == [written, ""]
+        assert texts(loaded, [ids], truncated=True) == [written + end]  # the last token did not end it
+    for template in (PLAIN, "{{ 1 / 0 }}", None):
+        tokenizer.chat_template = template
+        assert icpo.closing_token(tokenizer) == set()
+
+
+def test_a_prompt_begins_once_and_does_not_end(tmp_path):
+    tokenizer = saved(tmp_path, special=["<s>", "</s>"])
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    bos, eos = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    plain, config = tokenizer("2+2").input_ids, Config(max_new_tokens=9)
+    for single in ("$A", "<s> $A", "$A </s>", "<s> $A </s>"):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", bos), ("</s>", eos)])
+        tokenizer.chat_template = None
+        begun = [bos] if "<s>" in single else []
+        assert icpo.encode("2+2", tokenizer, config) == (begun + plain, "")
+        tokenizer.chat_template = "<s>{{ messages[0].content }}"
+        assert icpo.encode("2+2", tokenizer, config) == ([bos, *plain], "")
+
+
+# --------------------------------------------------------------------------------------------------- Rewards
+
+def test_a_call_gets_its_own_copy_of_the_reference(tiny, tmp_path, monkeypatch):
+    def reward(response, reference):
+        seen.append(list(reference))
+        reference.clear()
+        return by_letters(response, None)
+
+    seen = []
+    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "1", "answer": [3, 4]}])
+    flags = ["--train-data", data, "--prompts-per-step", 2, "--steps", 2]
+    assert run(*tiny_run(tiny, tmp_path / "run", *flags)) == 0
+    assert seen == [[3, 4]] * 32
+    assert [row["reference"] for row in rows_of(tmp_path / "run/samples.jsonl")] == [[3, 4]] * 16
+
+
+def test_failed_calls_score_as_the_lowest_of_their_group_and_the_first_is_shown_once(caplog):
+    class Reward(dict):  # without a hash
+        def __call__(self, response, reference):
+            if response == "x":
+                sys.exit("as code that a model writes may")
+            return self[response]
+
+    reward = Reward(a=1.0, b=math.nan, c="no number", d=1e300, l=-1.0, m=-0.5)
+    for first in "bcdxe":
+        warning_once.cache_clear()
+        caplog.clear()
+        responses = ["a", "l", first, "m", "a", "b", "x", "e"]
+        rewards, failed = icpo.score_responses(reward, responses * 2, [icpo.Example("", "r", [])] * 4)
+        assert rewards.tolist() == [[1, -1, -1, -0.5], [1, 1, 1, 1]] * 2, first
+        assert failed.tolist() == [[False, False, True, False], [False, True, True, True]] * 2
+        assert caplog.text.count("a reward failed") <= 1 and caplog.text.count("Traceback") <= 1
+    rewards, failed = icpo.score_responses(reward, ["x"] * 2, [icpo.Example("", "r", [])])
+    assert rewards.tolist() == [[0, 0]] and failed.all()
+
+    def stopped(response, reference):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        icpo.score_responses(stopped, ["a"], [icpo.Example("", "r", [])])
+
+
+def test_rewards_that_all_fail_end_the_first_step_and_no_later_one(tiny, tmp_path, monkeypatch, capfd):
+    def reward(response, reference):
+        calls.append(1)
+        if len(calls) > working:
+            raise (SystemExit, ValueError)[len(calls) % 2]("out of time")
+        return len(calls) % 2
+
+    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
+    flags = ["--steps", 3, "--prompts-per-step", 1, "--group-size", 4]
+    calls, working = [], 0
+    error = error_of(capfd, *tiny_run(tiny, tmp_path / "a", *flags, "--reward", "mine:f"))
+    assert error == "--reward mine:f: all calls of the first step failed"
+    calls, working = [], 4
+    assert run(*tiny_run(tiny, tmp_path / "b", *flags)) == 0
+    assert [row.get("reward/errors") for row in rows_of(tmp_path / "b/metrics.jsonl")] == [None, 0, 4, 4]
+
+
+def test_a_reward_that_changes_the_folder_leaves_the_run_where_it_was(tiny, tmp_path, monkeypatch):
+    def moving(response="", reference=""):
+        os.chdir("/")
+        torch.set_grad_enabled(False)  # for everyone
+        return by_letters(response, reference)
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "mine")
+    monkeypatch.setattr(icpo, "load_reward", lambda spec: moving() or moving)
+    try:
+        assert run(*tiny_run(Path("mine"), "run", "--eval-data", "mine/one.jsonl", "--steps", 2)) == 0
+    finally:
+        torch.set_grad_enabled(True)
+    assert (tmp_path / "run/model/config.json").exists() and len(rows_of(tmp_path / "run/metrics.jsonl")) == 3
+
+
+# ----------------------------------------------------------------------------------------- The built-in task
+
+SUMS = [(a, b) for a in range(10, 100) for b in range(10, 100) if a % 10 + b % 10 > 9]
+WAYS = list(itertools.product((False, True), repeat=3))
+
+
+def read(text):
+    """The operands of both columns, the comma, and the answer of a worked sum; None where an equation is wrong."""
+    u, v, units, comma, x, y, partial, carry, tens, answer = re.fullmatch(
+        r"(\d)\+(\d)=(\d+)(,?) (\d)\+(\d)=(\d+)\+([01])=(\d+) #### (\d+)", text).groups()
+    right = (int(u) + int(v) == int(units) and int(x) + int(y) == int(partial)
+             and int(partial) + int(carry) == int(tens) and answer == tens + units[-1])
+    return ((int(u), int(v)), (int(x), int(y)), comma, int(answer)) if right else None
+
+
+def test_each_of_the_eight_ways_is_right_and_without_the_carry_ten_too_low():
+    for a, b in SUMS:
+        written = [addition.worked_addition(a, b, way) for way in WAYS]
+        for (swap_units, swap_tens, comma), text in zip(WAYS, written):
+            units, tens, separator, answer = read(text)
+            assert answer == a + b and separator == "," * comma
+            assert units == ((b % 10, a % 10) if swap_units else (a % 10, b % 10))
+            assert tens == ((b // 10, a // 10) if swap_tens else (a // 10, b // 10))
+        assert len(set(written)) == 8 or a % 10 == b % 10 or a // 10 == b // 10
+        assert {read(addition.worked_addition(a, b, way, False))[3] for way in WAYS} == {a + b - 10}
+
+
+def test_verify_agrees_with_arithmetic():
+    for a, b in random.Random(0).sample(SUMS, 100):
+        for way, carry in itertools.product(WAYS, (True, False)):
+            assert verify(addition.worked_addition(a, b, way, carry), str(a + b)) is carry
+
+
+@pytest.mark.parametrize("usual_error", [0.95, 0.05, 0.5])
+def test_the_teacher_errs_as_his_way_has_it(usual_error):
+    random.seed(0)
+    ways, wrong = Counter(), Counter()
+    for _ in range(14_000):
+        units, tens, comma, answer = read(addition.demonstration(47, 85, usual_error))
+        way = units, tens, comma
+        ways[way] += 1
+        wrong[way] += answer != 132
+    usual = (7, 5), (4, 8), ""
+    assert len(ways) == 8
+    for way, count in ways.items():
+        assert count == pytest.approx(7000 if way == usual else 1000, abs=250 if way == usual else 150)
+        error = usual_error if way == usual else 1 - usual_error
+        assert wrong[way] / count == pytest.approx(error, abs=0.06)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """The flags of the built-in task with a short apprenticeship to a teacher who errs in half of all cases."""
+    before, addition.ROOT = addition.ROOT, tmp_path_factory.mktemp("task")
+    yield addition.prepare(seed=3, usual_error=0.5, imitation_steps=300)
+    addition.ROOT = before
+
+
+def test_the_task_is_made_once_and_its_sums_are_apart(task, monkeypatch):
+    monkeypatch.setattr(addition, "write_task", lambda *args: pytest.fail("made again"))
+    assert addition.prepare(seed=3, usual_error=0.5, imitation_steps=300) == task
+    paths = dict(flag.split("=") for flag in task)
+    train, held_out = (rows_of(paths[name]) for name in ("--train-data", "--eval-data"))
+    sums = [row["prompt"] for row in [*train, *held_out]]
+    assert sorted(sums) == sorted(f"{a}+{b}=" for a, b in SUMS) and len(held_out) == 512
+    assert all(eval(row["prompt"].strip("=")) == int(row["answer"]) for row in train)
+
+
+def test_without_a_model_the_task_is_trained_with_its_own_defaults(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(addition, "prepare", lambda seed: [f"--model=task{seed}", "--train-data=t", "--lr=0.5"])
+    monkeypatch.setattr(icpo, "train", seen.append)
+    for flags in ([], ["--lr", 2], ["--seed", 4], ["--model", "m", "--train-data", "d"]):
+        assert run(*flags) == 0
+    expected = dict(model="task0", train_data="t", lr=0.5)
+    assert seen == [Config(**expected), Config(**expected | {"lr": 2.0}),
+                    Config(**expected | {"model": "task4", "seed": 4}), Config(model="m", train_data="d")]
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["learns", "negated advantages un-learn"])
+def test_the_task_is_learned(task, tmp_path, monkeypatch, direction):
+    advantage = icpo.icpo_advantage
+    monkeypatch.setattr(icpo, "icpo_advantage", lambda *args: direction * advantage(*args))
+    flags = ["--steps", 7, "--eval-rows", 128, "--eval-samples", 0, "--output-dir", tmp_path / "run"]
+    assert run(*task, *flags) == 0
+    first, *_, last = rows_of(tmp_path / "run/metrics.jsonl")
+    assert (last["eval/accuracy"] - first["eval/accuracy"]) * direction > 0.1
