@@ -49,12 +49,13 @@ def test_the_teacher_errs_as_his_way_has_it(usual_error):
     assert len(ways) == 8
     for way, count in ways.items():
         expected, error = (7000, usual_error) if way == usual else (1000, 1 - usual_error)
-        assert count == pytest.approx(expected, abs=250) and wrong[way] / count == pytest.approx(error, abs=0.05)
+        assert count == pytest.approx(expected, abs=250)
+        assert wrong[way] / count == pytest.approx(error, abs=0.05)
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """The flags of the built-in task, with a short apprenticeship to a teacher who errs in half of all cases."""
+    """The flags of the built-in task, shortly apprenticed to a teacher who errs in half of all cases."""
     before, addition.ROOT = addition.ROOT, tmp_path_factory.mktemp("task")
     yield addition.prepare(seed=3, usual_error=0.5, imitation_steps=300)
     addition.ROOT = before
@@ -66,8 +67,10 @@ def test_the_task_is_made_once_and_trained_without_a_model(task, monkeypatch):
     paths, seen = dict(flag.split("=") for flag in task), []
     train, held_out = (rows_of(paths[name]) for name in ("--train-data", "--eval-data"))
     assert sorted(row["prompt"] for row in train + held_out) == sorted(f"{a}+{b}=" for a, b in SUMS)
-    assert all(sum(map(int, row["prompt"][:-1].split("+"))) == int(row["answer"]) for row in train + held_out)
-    monkeypatch.setattr(addition, "prepare", lambda seed: [f"--model=task{seed}", "--train-data=t", "--lr=0.5"])
+    for row in train + held_out:
+        assert sum(map(int, row["prompt"][:-1].split("+"))) == int(row["answer"])
+    made = lambda seed: [f"--model=task{seed}", "--train-data=t", "--lr=0.5"]
+    monkeypatch.setattr(addition, "prepare", made)
     monkeypatch.setattr(icpo, "train", seen.append)
     for flags in ([], ["--lr", 2, "--seed", 4], ["--model", "m", "--train-data", "d"]):
         assert icpo.main([str(flag) for flag in flags]) == 0
