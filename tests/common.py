@@ -29,20 +29,6 @@ def write_jsonl(path, rows):
     return path
 
 
-def edit(path, **changes):
-    """Changes keys of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def scaled(model):
-    """The model with larger weights: its distributions differ from the uniform one and from each other."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model.eval()
-
-
 def saved(folder, template=None, plain=(), special=(), make=Qwen2ForCausalLM, config=None, **changes):
     """Saves a tiny model in bf16, its byte-level tokenizer and data of one row; returns the tokenizer."""
     vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
@@ -51,7 +37,10 @@ def saved(folder, template=None, plain=(), special=(), make=Qwen2ForCausalLM, co
     tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
     tokenizer.chat_template = template
     torch.manual_seed(0)
-    scaled(make(config or Qwen2Config(**SHAPE | changes))).bfloat16().save_pretrained(folder)
+    model = make(config or Qwen2Config(**SHAPE | changes))
+    for parameter in model.parameters():
+        parameter.data *= 8 if parameter.dim() > 1 else 1  # distributions that differ from each other
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_jsonl(folder / "one.jsonl", [{"prompt": "1", "answer": "1"}])
     return tokenizer

@@ -17,10 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icpo
 from icpo import Config
-from tests.common import SHAPE, by_letters, edit, saved, tiny, tiny_run
+from tests.common import SHAPE, by_letters, saved, tiny, tiny_run
 from tests.test_run import REWARD, error_of, learning_run, run, texts
 
 # ----------------------------------------------------------------------- The model comes out as it went in
+
+def edit(path, **changes):
+    """Changes keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
 
 def log_probs_alone(model, rollout):
     """The log-probs of all response tokens by plain forward passes over one row each, in float64."""

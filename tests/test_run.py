@@ -241,7 +241,8 @@ def state():
     interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     return ([signal.getsignal(number) for number in signal.valid_signals()], *map(sorted, interfaces),
             sys.path[:], torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled(),
-            torch.get_rng_state().tolist(), torch.is_grad_enabled(), transformers.logging.is_progress_bar_enabled(), sys.excepthook)
+            torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+            transformers.logging.is_progress_bar_enabled(), sys.excepthook)
 before = state()
 import icpo
 sys.exit(before != state())"""
