@@ -512,15 +512,16 @@ class Config:
 
 def check(config):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
-    positive = ("steps prompts_per_step max_new_tokens temperature inner_epochs micro_batch lr max_grad_norm "
-                "save_every eval_every eval_rows")
-    for name in positive.split():
-        require(getattr(config, name) > 0, f"--{name.replace('_', '-')}: must be above 0")
+    may_be_0 = "seed warmup_steps alpha clip_low clip_high kl_coef eval_samples"
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and name != "beta":
+            flag = "--" + name.replace("_", "-")
+            require(value > 0 or value == 0 and name in may_be_0, f"{flag} {value}: out of range")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
-    require(0 <= config.alpha < 0.5, "--alpha: must be in [0, 1/2), or wrong could outrank correct responses")
+    require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
     require(isfinite(config.beta), "--beta: must be finite")
     require(config.aggregation in ("token", "sequence"), "--aggregation: token or sequence")
-    require(config.model and config.train_data, "--model and --train-data need each other")
+    require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
 
 
 # --------------------------------------------------------------------------------------------- Model and data
@@ -687,14 +688,15 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
         return responses, *score_responses(reward, responses, examples)
 
     greedy, rewards, failed = respond(1, temperature=0)
-    metrics, worst = {"eval/accuracy": rewards.mean().item()}, rewards.argmin()
+    metrics, worst, errors = {"eval/accuracy": rewards.mean().item()}, rewards.argmin(), failed.sum()
     if config.eval_samples:
         _, rewards, failed = respond(config.eval_samples, config.temperature)
+        errors += failed.sum()
         metrics["eval/mean_at_k"] = rewards.mean().item()
         metrics["eval/pass_at_k"] = rewards.amax(dim=1).mean().item()
     values = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
     tqdm.write(f"{values}: {examples[worst].prompt[-20:]!r} -> {greedy[worst][-40:]!r}")
-    return metrics | {"eval/errors": failed.sum().item()}
+    return metrics | {"eval/errors": errors.item()}
 
 
 def batch_indices(total, step, count, seed):
@@ -733,7 +735,8 @@ def train(config):
     With config.resume it continues the run in that folder, with the settings of config.
     """
     check(config)
-    name = strftime(f"runs/{Path(config.model).name}-%Y%m%d-%H%M%S")
+    require(config.model and config.train_data, "--model and --train-data need each other")
+    name = strftime(f"runs/{Path(config.model).absolute().name}-%Y%m%d-%H%M%S")
     # Absolute, since the reward function may change the working folder.
     out = Path(config.resume or config.output_dir or name).absolute()
     require(config.resume or not any(out.glob("*")),
@@ -743,6 +746,9 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
+    rows = policy.get_input_embeddings().num_embeddings
+    require(max(max(example.ids) for example in examples + held_out) < rows,
+            f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
     out.mkdir(parents=True, exist_ok=True)
@@ -781,7 +787,8 @@ def train(config):
                 save_checkpoint(out, step, policy, optimizer)
                 saved = step
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"--resume {out} continues after step {saved}")
+        raise KeyboardInterrupt(
+            f"--resume {out} continues after step {saved}" if saved >= 0 else "nothing is saved")
     save_model(policy, eos_ids, out / "model")
     print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
     return metrics
@@ -797,14 +804,16 @@ def parse(arguments):
     # A space keeps argparse from taking -1e1 for a flag, and float() does not mind it.
     given = vars(parser.parse_args([re.sub(r"^-(?=[\d.])", " -", argument) for argument in arguments]))
     saved = json.loads(Path(given["resume"], "config.json").read_text()) if "resume" in given else {}
-    return Config(**saved | given)
+    config = Config(**saved | given)
+    check(config)
+    return config
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(arguments)
-        if not config.model:
+        if not config.model and not config.train_data:
             from examples.addition import prepare
             config = parse(prepare(config.seed) + arguments)
         train(config)

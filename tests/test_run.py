@@ -267,8 +267,8 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "--alpha: must be in [0, 1/2)"),
-    ("--beta nan", "--beta: must be finite"), ("--lr nan", "--lr: must be above 0"), ("--seed -1", "--seed"),
+    ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "--alpha: must be below 1/2"),
+    ("--beta nan", "--beta: must be finite"), ("--lr nan", "--lr nan: out of range"), ("--seed -1", "--seed"),
     ("--aggregation mean", "--aggregation"), ("--train-data=", "need each other"), ("--model=", "each other"),
     ("--output-dir .", "not empty"), ("--resume absent", "No such file or directory: 'absent/config.json'"),
     ("--max-new-tokens 500", "no usable line"), ("--chat-template-kwargs {", "JSONDecodeError"),
