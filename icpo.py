@@ -626,7 +626,7 @@ def load_reward(spec):
     try:
         return pkgutil.resolve_name(spec or "verify:verify")
     except (Exception, SystemExit) as error:  # the user's module runs when it is imported
-        raise UserError(f"--reward {spec or 'verify:verify'}: {error!r}; give module:function, found from here")
+        raise UserError(f"--reward {spec or 'verify:verify'}: {error!r}; give module:function, found here")
 
 
 def encode(prompt, tokenizer, config):
