@@ -116,11 +116,12 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
         A = group_advantage(R + alpha * s)
 
     alpha = 0 is GRPO's A, to the bit. With R in {0, 1}, a correct response outranks every wrong one if alpha
-    is below 1/2, and A has the sign of GRPO's if alpha is below 1/G. If then all correct responses of a group
-    share one l, and all wrong ones another, R + alpha * s is an increasing affine function of R, and A is
-    GRPO's: ICPO acts where correct responses, or wrong ones, differ in l. Groups of equal rewards get 0
-    [ours]: with only s left, normalizing would blow it up to the size of a reward, and a model that errs at
-    random would collapse. keep_uniform_groups gives them alpha * s instead, not normalized.
+    is below 1/2, and A has the sign of GRPO's if alpha is below 1/G. If alpha is below 1/2, all correct
+    responses of a group share one l, and all wrong ones another, R + alpha * s is an increasing affine
+    function of R, and A is GRPO's: ICPO acts where correct responses, or wrong ones, differ in l.
+    Groups of equal rewards get 0 [ours]: with only s left, normalizing would blow it up to the size of a
+    reward, and a model that errs at random would collapse. keep_uniform_groups gives them alpha * s instead,
+    not normalized.
     rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
     """
     preference = preference_advantage(seq_log_probs, beta)
