@@ -2,399 +2,466 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
-Order. Text up to the last </think>, or from a later <think> on, does not count. In the rest, the first of:
-    marker   \boxed{}, \fbox{}, <answer></answer> or a line "#### 18", whichever starts last; if it is empty
-             or not closed there is no answer. With strict, best for training, nothing else counts
-    phrase   the last "answer is" or "answer:" that says more than "correct", to the end of the sentence
-    number   the only word, or the last number if it ends the last line, save for a unit or a few words
-For a reference A to J it is the first of them that names a letter; "I pick B" and "B is correct" are phrases
-too, and in place of a number counts a last or first line like "B" or "B) 12", if it is the only one.
-
-Finished. verify wants a number worked out: a literal reference is matched only by a literal, such as 12,
-0.75, 6/8, 1 3/4, 1.5 \times 10^3, any of them with %, a unit or a noun, or by a true chain that ends in one.
-2(3), 12/2 and \sqrt{36} are not 6 to verify. To is_equivalent they are, which compares values.
-
-Equivalence of whole answers is exact, of roots to 1,000 digits. Without a [convention] it is symmetric.
-    numbers      1,234.50 = 1\,234.5     -3/4 = \frac{-3}{4} = -0.75     1 3/4 = 1\frac34 = 7/4
-                 1.5e3 = 1.5 \times 10^3     2 million = 2,000,000     0.333 is not 1/3, 1 234 is not 1234
-    expressions  + - * / ^ of numbers, square roots and pi: \frac{1}{\sqrt{2}} = \frac{\sqrt{2}}{2}
-    units        %, a unit or a noun may be missing: 50% = 0.5 = 50, 5 cm = 5, 12 apples = 12 [convention];
-                 5 cm is not 5 m, nor 0.05 m, 5 mW is not 5 MW, and 12 dozen is not 12
-    names        x = 5 is 5 [convention], but not y = 5; f(2) = 9, x \in [0, 1]; x = 1, y = 2 is (1, 2)
-    chains       2 \cdot 8 = 16 is 16; 2 \cdot 8 = 15 and x = y = 5 are text; \frac13 \approx 0.333 is 1/3
-    tuples       (1, 2), matrices, intervals [0, 1); [1, 2] is "1, 2", [1, 2, 3] is (1, 2, 3) [convention]
-    sets, lists  {1, 2} = {2, 1} = "2, 1" = "1 or 2"; 2 \pm 1 = {1, 3}; {2, 2, 9} = {2, 9}, but not "2, 2, 9"
-    letters      B = (B) = [B] = B. = Option B = "B) 12" = "B, which ...", but not "B or A" [convention]
-    text         all else, ignoring spaces at symbols, $...$, \text{} and word case; yes = true [convention]
-A reference is text, a number or bool, also of numpy, a list, or a solution with a marker or phrase; one that
-is empty or unreadable never matches. No part of an answer is executed. What is too large is compared as text.
+ 1. Only the last marker counts, \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; empty or
+    unclosed is no answer. If there is none, the last line may end in "answer is X" or "answer: X".
+ 2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
+ 3. Words, % and $ at a number may be missing on one side. 2 million is a number; 12 dozen is not 12. N% is N, and
+    N/100 if the reference has a % or is no whole number.
+ 4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order; tuples, intervals and matrices have one, and need brackets.
+ 5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts. x^2 + y^2 = 25 is only itself.
+ 6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; words lose their case.
+ 7. verify also wants the answer worked out as far as the reference: no operators or terms that it lacks, no larger
+    number under a root, no more roots in denominators. 6/8 is 0.75, but 12/2 is not 6.
+ 8. A reference is text, a number, a bool, or a solution with a marker; of a list any item suffices. Nothing raises.
 """
 
 import math
+import random
 import re
+import unicodedata
 from collections import namedtuple
 from fractions import Fraction
+from numbers import Number
 
-MAX_LENGTH, MAX_DEPTH, MAX_ITEMS, MAX_TOKENS, MAX_BITS = 1000, 20, 64, 200, 20_000
+MAX_LENGTH, MAX_TOKENS, MAX_DEPTH = 1000, 200, 16  # an answer beyond these is compared as text
 
 # ---------------------------------------------------------------------------------------------- Extraction
-MARKER = re.compile(r"<answer>|\\fbox|\\?boxed")
-# Without braces a box holds one token, and nothing may be attached to it: of \boxed 12, TeX would box the 1.
-BOX = re.compile(r"(?![A-Za-z])\s*(?:\{|(\\[A-Za-z]+|[0-9A-Za-z])(?=[$.)\]}*\\]*(?:\s|\Z)))")
-NUMERIC = r"[-+]?[$€£¥]?[-+]?[0-9.][0-9,./]*(?: ?(?:%|\\%|[a-z]+))?\.?"
-HASHES = re.compile(rf"(?<!#)####(?!#)[^\S\n]*({NUMERIC}|\(?[A-J]\)?)[^\S\n]*(?=[\n<]|\Z)")
-IS = r"(?i:(?: is| was| (?:would|should|must|will|seems to) be|\*{0,2}:)(?![\w']))[:* ]*+"
-SURELY = r"(?:(?:therefore|thus|definitely|approximately|\.\.\.)[,:]* |(?:the )?(?:letter|option|number) )*+"
-PHRASE = rf"(?:[Aa]nswer|ANSWER){IS}{SURELY}(?:\s*+(?:\\\[|\$\$)\s*\n)?"
-LETTER_PHRASE = (
-    rf"{PHRASE}|(?<!in)[Cc]orrect (?:option|choice){IS}{SURELY}|(?<!not |ver )(?:pick|choose) {SURELY}|"
-    rf"(?<![\w(])(?<!nor )(?<![Ii]f )(?<!e that )(?=\(?[A-J]\)? is {SURELY}(?:the )?(?:correct|right)\b)")
-PHRASES = {False: re.compile(PHRASE), True: re.compile(LETTER_PHRASE)}
-PHRASE_END = re.compile(
-    r"[.!?](?: |$)|;(?: [A-Za-z]{2}|$)|,? (?:because|since|so that|as(?! (?:well|many|much|long)\b))\b|"
-    r", (?:so|which|not|in|although)\b| \((?!or\b)[a-z]{2}| [-–—] (?:that|which|so|the|it)\b")
-LAST_NUMBER = re.compile(
-    r"(?!.*\b(?:Since|If|Because)\b[^,.:=]*$).*"  # the conclusion was cut off
-    r"(?<![\w({}\[\])^/+×·,;.–—−-])(?<![^*]\*)(?<![-+*/×·^<>≤≥≠0-9] )(?<![<>]= )(?<!\\[lg][et] )(?<![-−]\$)"
-    r"(?<!\\times )(?<!\\cdot )(?<![0-9]:)(?<![0-9], )(?<![0-9] and )(?<![0-9], and )(?<![0-9] to )"
-    r"(?<!\bor )(?<!\bnot )(?<!\bthan )(?:\\?\$)?"  # no part of a formula, range or list
-    r"((?:[-−](?:\\?\$)?)?(?:\\[dt]?frac\{[0-9]+\}\{[0-9]+\}|"
-    r"(?:[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+)?\\?%?))"
-    r"\*{0,2}\$?(?: ?(?:(?:[kcm]?m|[km]?g|m?[lL]|h|mph|[nrst][dht]|[A-Z])\b|°[CF]?|€))?\*{0,2}"
-    r"(?:[ ,(/]+(?:[^\W\d_][\w'’&-]+|[aA-J]\b)\)?){0,15}")
-LABEL = re.compile(r"(?:[Oo]ption |[Cc]hoice )?[\[(]?(?:[A-J](?:[\]).:]|$)|[a-j][\])]?$)")
-LABELS = re.compile(r"(?m)(?<![\w'(])(?:\(?[A-Ja-j]\)|[A-J][.:](?=[\s*]|$)|(?:^|(?<=ption ))[A-J](?=\W*$))")
-CHOICE = re.compile(
-    r"(?:[Oo]ption |[Cc]hoice )?[\[(]?(?P<letter>[A-J]|[a-j](?=[\])]|$))"
-    r"(?:[\])]|(?=$|[:,;}]|\.(?:$| (?![a-z]|[A-Z]\.))| (?:[-–—(]|(?:or|and|which|is|because|since|as)\b)))"
-    r"(?P<alone>(?!\W*(?:or|and)\W+\(?[A-J]\b)(?!\W+[A-J](?:[).:]|$))"  # no other letter is named
-    r"(?!(?:(?!\. |\b(?:as|because|since)\b).)*?(?<!\w)[\[(][A-Ja-h][\])])"
-    r"(?!(?<![\])])(?![.:])(?:(?!\. |\b(?:as|because|since)\b).)*?\b(?:[B-HJ]\b|[AI]\b(?! [a-z]))))?")
+NUMERIC = r"[-+−]?(?:\\?[$€£₹])?[-+−]?[\d.][\d.,/]*+(?: ?(?:\\?%|[a-z]+))?"
+HASHES = rf"(?<!#)####(?!#)[ *]*+({NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
+MARKER = re.compile(rf"<answer>|\\(?:boxed|fbox)(?![A-Za-z])|boxed(?=\{{)|{HASHES}")
+SPECIAL_TOKENS = re.compile(r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z")
+# A new clause must start here: what denies or doubts an answer stands before "the answer".
+CLAUSE = r"(?i)(?:^|[.!?:;,] )(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
+IN_WORDS = re.compile(CLAUSE + r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;]|\.(?=[^\s$*]))+)[.$* ]*\Z")
 
 
 def marked(text: str) -> str | None:
-    """What the marker that starts last holds, "" if it is empty or not closed; None if there is no marker."""
-    marker = MARKER.match(text, max(map(text.rfind, ("<answer>", "\\fbox", "\\boxed", "boxed{"))))
-    lines = HASHES.findall(text, marker.end() if marker else 0) if "####" in text else []
-    if lines or not marker:
-        return lines[-1] if lines else None
-    text, depth = text[marker.end():], 0
+    """What the last marker holds, "" if it is empty or not closed; None if there is no marker."""
+    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
+    *_, marker = None, *MARKER.finditer(text)
+    if marker is None:
+        line = SPECIAL_TOKENS.sub("", text[-MAX_LENGTH:]).rstrip().rsplit("\n", 1)[-1]
+        answer = IN_WORDS.search(line.replace("**", "").strip())
+        return answer and answer[1].strip()
+    if marker[1]:
+        return marker[1]
+    rest = text[marker.end():marker.end() + 2 * MAX_LENGTH].lstrip()
     if marker[0] == "<answer>":
-        return text.partition("</answer>")[0].strip() if "</answer>" in text else ""
-    box = BOX.match(text)
-    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL) if box and not box[1] else ():
+        return rest.partition("</answer>")[0].strip() if "</answer>" in rest else ""
+    before = text[max(0, marker.start() - 9):marker.start()].rstrip("$")
+    sign, depth = "-" if re.search(r"(?:^|[^\d)\]}\s])\s*[-−]\Z", before) else "", 0
+    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL) if rest[:1] == "{" else ():
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
-            return text[box.end():brace.start()].strip()
-    return box[1] or "" if box else ""
+            return sign + rest[1:brace.start()].strip()
+    return ""
 
 
-def stated(text: str, letter: bool = False) -> str | None:
-    """What the last phrase says that says anything; of a whole sentence, the number that ends it."""
-    for start in (max(0, len(text) - 300), 0):  # the end usually suffices
-        for phrase in reversed([*PHRASES[letter].finditer(text, start)]):
-            line = text[phrase.end():phrase.end() + MAX_LENGTH].lstrip().split("\n", 1)[0]
-            answer = PHRASE_END.split(line, maxsplit=1)[0].replace("** ", " ").strip(" *")  # **18** dollars
-            number = re.match(r"[A-Za-z]{2,} \S*[A-Za-z]\S* \S+ \S", answer) and LAST_NUMBER.fullmatch(answer)
-            answer = letter_of(line) if letter else number[1] if number else answer
-            empty = not letter and re.fullmatch(r"\W*((correct|right|consistent)\b.*)?", answer)
-            if answer is not None and not empty:
-                return answer
+def extract_answer(response: str) -> str | None:
+    """The final answer of a response, as written."""
+    return marked(response) or None
 
 
-def letter_of(text: str) -> str | None:
-    """The letter that a text begins with, "" if it names another too; None if it begins with none."""
-    choice = CHOICE.match(normalize(text[:200]))
-    return choice and ("" if choice["alone"] is None else choice["letter"])
-
-
-def extract_answer(response: str, strict: bool = False, letter: bool = False) -> str | None:
-    """The final answer of a response, as written. strict: only from a marker; letter: it is an option's."""
-    text = response.rsplit("</think>", 1)[-1].split("<think>", 1)[0].strip()
-    answer = marked(text)
-    if strict or answer == "" or answer and not (letter and letter_of(answer) is None):
-        return answer or None
-    answer = stated(text.replace("**", "") if letter else text, letter)
-    if answer is None and letter and len(LABELS.findall(text)) < 2:
-        lines = [normalize(line[:200]) for line in (text.split("\n", 1)[0], text.rsplit("\n", 1)[-1])]
-        *_, answer = None, *[letter_of(line) for line in lines if LABEL.match(line)]
-    elif answer is None and not letter:
-        last = text.rstrip(" \n.,*$\\])\"").rsplit("\n", 1)[-1]
-        answer = re.fullmatch("([A-Za-z]{2,})", text) or LAST_NUMBER.fullmatch(last)
-        return answer and answer[1]
-    return answer or None
-
-
-# ----------------------------------------------------------------------------------------------- Notations
-SYNONYMS = dict(re.findall(r"(\S+) (\S+)",
-    r"½ 1/2 ⅓ 1/3 ⅔ 2/3 ¼ 1/4 ¾ 3/4 ⅕ 1/5 ⅖ 2/5 ⅗ 3/5 ⅘ 4/5 ⅙ 1/6 ⅚ 5/6 ⅛ 1/8 ⅜ 3/8 ⅝ 5/8 ⅞ 7/8 √ sqrt π \pi "
-    r"∞ \infty ± \pm ∪ , ∈ \in ≤ \le ≥ \ge ≠ \ne ≈ \approx ∅ \emptyset ｛ \{ ｝ \} ＄ \$ ⁰ ^{0} ¹ ^{1} ² ^{2} "
-    r"³ ^{3} ⁴ ^{4} ⁵ ^{5} ⁶ ^{6} ⁷ ^{7} ⁸ ^{8} ⁹ ^{9} ⁻ ^{-} \dfrac \frac \tfrac \frac \cfrac \frac "
-    r"\lbrace \{ \rbrace \} \leq \le \geq \ge \neq \ne <= \le >= \ge != \ne \lt < \gt > \cdot * \times * "
-    r"\div / \cup , \degree ° \% % \varnothing \emptyset \Omega Ω \mu µ million *10^6 billion *10^9"))
-CHARACTERS = str.maketrans({
-    **{character: f" {name} " for character, name in SYNONYMS.items() if len(character) == 1},
-    **dict(zip("−－＋＝×·⋅∗÷⁄，．（）［］％º０１２３４５６７８９Ωμ&", "--+=****//,.()[]%°0123456789Ωµ,")),
-    **dict.fromkeys("\u00a0\u2009\u202f", "\\,"), "\u3000": " "})  # no-break and thin spaces as TeX's
-INSIDE = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # of braces that hold braces, as for \frac{\sqrt{3}}{2}
-WRAPPER = re.compile(rf"\\(?:text(?:..|normal)?|math..|mbox|operatorname|boldsymbol) ?\{{({INSIDE})\}} ?")
-# In this order: a thin space in a number before it becomes a plain one, and white space last, since other
-# rules leave some. After each rule: what it matches | what it does not.
+# ------------------------------------------------------------------------------------------------ Notation
+SYNONYMS = dict(pair.split(" ", 1) for pair in (
+    r"\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,\cdot *,× *,"
+    r"\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,π \pi ,√ \sqrt ,∞ \infty ,± \pm ,\degree °,\% %,\lbrace \{,"
+    r"\rbrace \},\varnothing \emptyset,∅ \emptyset,\dfrac \frac,\tfrac \frac,\cfrac \frac,\Omega Ω,"
+    '"dollar $,\\$ $,"usd $,"cent ¢,"percent %,"degree °,"centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,'
+    '"gram "g,"liter "L,"second "s,"minute "min,"hour "h,"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,'
+    '"per /,"th ,"st ,"nd ,"rd ,"hundred *10^2,"thousand *10^3,"million *10^6,"billion *10^9').split(","))
+UNITS = r"[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq"
+# In this order. From the fourth on, words have a quotation mark before them; the bare letter of "5 m" has '"m?'.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])\.?", ""),  # \left( | \leftarrow
-    (r"(?:\\\\ ?)?\\end\{[bp]matrix\}", "]]"),  # \end{bmatrix} | \end{vmatrix}
-    (r"\\begin\{[bp]matrix\}", "[["),  # \begin{pmatrix} | \begin{cases}
-    (r"\\\\", "], ["),  # 1 \\ 2 | 1 \ 2
-    (r"(?<=[-0-9])\} *\^\{(?=[0-9])", ""),  # 10^{2}  ^{3} of 10²³ | x^{a}^{b}
-    (r"\\frac ?([A-Za-z0-9])(?= ?(?:\{|[A-Za-z0-9](?!\.?[0-9])))", r"\\frac{\1}"),  # \frac12 | \frac123
-    (r"(\\frac ?\{[^{}]*\}) ?([A-Za-z0-9])(?!\.?[0-9])", r"\1{\2}"),  # \frac{1}2 | \frac{1}23
-    (r" ?([_^]|\\sqrt) ?([A-Za-z0-9])(?!\.?[0-9])", r"\1{\2}"),  # x^2 | x^12, to TeX x^{1}2
-    (r"\{,\}|,\\! ?", ","),  # 1{,}000 | f{a, b}
-    (r"\\!", ""),  # 12\!500 | 5!
-    (r"(?<=[0-9])(?<![0-9]{4})(?<!\.[0-9]{3})\\,(?=[0-9]{3}(?![0-9/]))", ""),  # 12\,500 | 1\,25
-    (r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),  # a~b | a \\ b
-    (r"\+ ?(?=\\infty)", ""),  # +\infty | -\infty
-    (r"(?<!\\)\\[][()]", ""),  # \(x\) | (x)
-    (r"(?<!\\)\$\$?([^$]*)(?<!\\)\$\$?", r" \1 "),  # $x$ | $5
-    (r"\^ ?\{? ?\\circ ?\}? ?", "°"),  # 90^\circ | f \circ g
-    (r"(?<=[0-9]) ?[xX] ?(?=10 ?\^)", "*"),  # 4.5 x 10^{33} | 4 x 4
-    (r"(\\?\$|[€£¥]) ?([-+]?[0-9][0-9.,]*(?: \*10\^\{[69]\})?)", r"\2 \1"),  # $5 | 5 $
-    (r"\b([ap])\.m\.", r"\1m"),  # 9 a.m. | a.b.
-    (r"(?<![\\A-Za-z])sqrt ?([0-9]+)", r"\\sqrt{\1}"),  # sqrt 12 | \sqrt12
-    (r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1"),  # 2pi | pie
-    (r"(\\(?:ln|log|sin|cos|tan)) ?\(([0-9A-Za-z]+)\)(?! ?[\w^({\\])", r"\1 \2"),  # \ln(2) | \ln(2)x
-    (r"(?<=[0-9] )(?:square|sq) ([a-z]+)", r"\1^{2}"),  # 5 square cm | square root
-    (r" per ", "/"),  # 12 miles per hour | 5 percent
-    (r"\A([^,({]*)\\pm (.+)\Z", r"\1+(\2), \1-(\2)"),  # 2 \pm 1 | (2 \pm 1)
-    (r"""\A\s*(["'`]+)(.+)\1\s*\Z""", r"\2"),  # 'y' | y'
-    (r"\s+", " ")]]  # a  b | ab
-GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9]|,[0-9])(?![^()\[\]]*[)\]])(?!.*\\\})")
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!", ""),
+    (r"\\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}", r"\1\2"),
+    (r"\b([ap])\.m\.?", r"\1m"),
+    (r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}",
+     lambda match: " " + re.sub(r"(?<![A-Za-z\\])(?=[A-Za-z])", '"', match[1]) + " "),
+    (r"\\begin\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?", "[["),
+    (r"(?:\\\\\s*)?\\end\{(?:[pb]matrix|array)\}", "]]"),
+    (r"\\\\", "],["),
+    (r"[&;∪]|\\cup(?![a-z])|\{,\}|,?\s*\"?\b(?:and|or)\b", ","),  # 1{,}000
+    (r"(?<=\d)(?:\\,|, (?= ?\d{3}\b)(?!.*, \d\d?\b))(?=\d{3}(?!\d))", ""),  # 12\,500
+    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
+    (r"\\[()\[\]]", ""),
+    (r"(?<!\\)\$([^$]*)(?<!\\)\$", r" \1 "),  # $x$, but not $5
+    (r"\\?([$€£¥₹]) ?([-−]?[\d.,]*\d)(?![A-Za-z\d])", r"\2 \1"),  # $5 is 5 $, but $5B is not
+    (r"\^ ?\{? ?\\circ ?\}? ?", "°"),
+    (r"\^ ?\{ ?\"?(th|st|nd|rd) ?\}", r"\1"),
+    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
+    (r"\\([dtc]?frac) ?(\d) ?(\d)", r"\\\1{\2}{\3}"),
+    (r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1"),
+    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)(?![^()\[\]]*[)\]])(?!.*\\\})",
+     lambda match: match[0].replace(",", "")),
+    (r"^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))", ""),
+    (r"^\s*([*_'`]+)(.+)\1\s*$", r"\2"),
+    (r"^ *\"?(?:(yes|Yes|true|True)|(?:no|No|false|False)) *$", lambda match: '"yes' if match[1] else '"no'),
+    (r"(?<![\\A-Za-z\"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3})", '"'),
+    (rf"(?<=[\d)}}°%]) *(?=(?:{UNITS})(?![A-Za-z(^_]))", '"'),
+    (r"(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)", r'"\1?'),
+    (r'("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])', r"\1"),
+    (r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,})(?![A-Za-z])', lambda match: match[0].lower()),
+    (r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])", "")]]
+MIXED = r"(?<![\d./^_])\d+(?: (?=\d+/)|(?=\\frac))(?:\d+/\d+|\\frac\{\d+\}\{\d+\})(?![\d.])"
+DIGITS = r" ?\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+"
+TOKEN = re.compile(rf'{MIXED}|{DIGITS}|\\[A-Za-z]+|\\.|"[A-Za-zΩμ]+\??|\S')
+
+
+def plain(match: re.Match) -> str:
+    """A character beyond ASCII in the notation of TeX: ² ½ １ ١ and zero-width ones, which never join digits."""
+    kind, same = unicodedata.decomposition(match[0])[:5], unicodedata.normalize("NFKC", match[0])
+    if kind == "<supe":
+        return f"^{{{same}}}"
+    if same.isdecimal():
+        return str(int(same))
+    return " " if unicodedata.category(same[0]) == "Cf" else f" {same} ".replace("⁄", "/") if kind == "<frac" else same
 
 
 def normalize(text: str) -> str:
-    """The answer without what does not count, its notations made one."""
-    text = text.translate(CHARACTERS)
-    if not re.fullmatch(r"[-+0-9/.]+%?", text):
-        text = WRAPPER.sub(r" \1 ", WRAPPER.sub(r" \1 ", text))  # 5\text{cm} is 5 cm
-        text = re.sub(r"\\([A-Za-z]+|%)|[<>!]=|\b[mb]illion\b", lambda m: SYNONYMS.get(m[0], m[0]), text)
-        for pattern, replacement in RULES:
-            text = pattern.sub(replacement, text)
-        text = GROUPED.sub(lambda match: match[0].replace(",", ""), text)  # but (1,234) are two numbers
-    return text.strip(" *").removesuffix(".").strip()
+    text = re.sub(r"[^\x00-\x7f]", plain, text.replace('"', "")).replace("}^{", "")
+    if "\\begin" not in text or "\\\\begin" in text:  # of output that was escaped for JSON
+        text = text.replace("\\\\", "\\")
+    for pattern, replacement in RULES:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r'\\[A-Za-z]+|\\[%$]|"[a-z]+|[<>!]=|[^\x00-\x7f]', lambda m: SYNONYMS.get(m[0], m[0]), text)
+    return text.strip().rstrip(" .")
+
+
+# --------------------------------------------------------------------------------------------- Expressions
+# Values are computed modulo a prime. All primes below 200 are squares modulo it, and x**((P + 1) / 4) is the square
+# root that respects products, so identities between roots hold; a name is a random number, so that no others do.
+# Fractions of up to 40 digits can be had back. Nothing grows, so no power or product takes long.
+SMALL = [n for n in range(2, 200) if all(n % d for d in range(2, n))]
+P = 57 * 4 * math.prod(SMALL) - 1
+
+
+def rational(value: int) -> Fraction:
+    """The fraction of least size with this value."""
+    a, b, s, t = P, value, 0, 1
+    while b * b > P:
+        a, b, s, t = b, a % b, t, s - a // b * t
+    return Fraction(b, t)
+
+
+class Reader:
+    """Computes the expression that tokens start with, and notes its roots."""
+
+    def __init__(self, tokens: list[str]):
+        self.tokens, self.at, self.depth = [*(token.strip() for token in tokens), ""], 0, 0
+        self.radicand = self.roots_below = 0
+
+    def take(self, *wanted: str) -> str:
+        """The next token; with wanted, only if it is one of these, or else nothing."""
+        token = self.tokens[self.at]
+        if wanted and token not in wanted:
+            return ""
+        self.at += 1
+        return token
+
+    def sum(self) -> int:
+        value = self.product()
+        while sign := self.take("+", "-"):
+            value += int(sign + "1") * self.product()
+        return value % P
+
+    def product(self) -> int:
+        value = self.power()
+        while True:
+            before, operator = self.tokens[self.at - 1], self.take("*", "/")
+            if not operator and not re.match(r"[(A-Za-zΩμ]|\\[A-Za-z]", self.tokens[self.at]):
+                return value
+            if before[-1].isdigit() and self.tokens[self.at] == "\\frac" and not operator:
+                raise ValueError("neither a mixed number nor a product")
+            value = value * self.power() % P if operator != "/" else self.divide(value, self.power)
+
+    def divide(self, value: int, read) -> int:
+        start = self.at
+        divisor = read()
+        self.roots_below += "\\sqrt" in self.tokens[start:self.at]
+        return value * pow(divisor, -1, P) % P
+
+    def power(self) -> int:
+        sign = self.take("+", "-")
+        start, value = self.at, self.atom()
+        if self.take("^"):
+            exponent = rational(int(self.take("-") + "1") * self.atom() % P)
+            if exponent == Fraction(1, 2):
+                value = self.root(value, start)
+            elif exponent.denominator == 1 and abs(exponent) < 10**6 and (value or exponent > 0):
+                value = pow(value, int(exponent), P)
+            else:
+                value = self.name(start)
+        return -value if sign == "-" else value
+
+    def root(self, value: int, start: int) -> int:
+        radicand = rational(value)
+        n = rest = radicand.numerator * radicand.denominator
+        for prime in SMALL:
+            while n > 0 and rest % prime**2 == 0:
+                rest //= prime**2
+        root = pow(value, (P + 1) // 4, P)
+        if not 0 < rest < 200**2 or root * root % P != value:  # a larger square may have the other root
+            return self.name(start)
+        self.radicand, self.roots_below = max(self.radicand, n), self.roots_below + (radicand.denominator > 1)
+        return root
+
+    def name(self, start: int) -> int:
+        return random.Random(re.sub(r"[{}() ]", "", "|".join(self.tokens[start:self.at]))).randrange(P)
+
+    def index(self) -> None:
+        """Over a subscript, or what stands in brackets."""
+        depth, start = 0, self.at
+        while self.at == start or depth or self.tokens[self.at - 1] in ("_", "^"):
+            token = self.take()
+            depth += (token in OPENING) - (token in CLOSING)
+
+    def atom(self) -> int:
+        self.depth += 1
+        start, token = self.at, self.take()
+        if self.depth > MAX_DEPTH:
+            raise ValueError("too deep")
+        if mixed := re.fullmatch(r"(\d+)(?: |\\frac\{)(\d+)(?:/|\}\{)(\d+)\}?", token):
+            whole, top, bottom = map(int, mixed.groups())
+            value = (whole * bottom + top) * pow(bottom, -1, P)
+        elif re.match(r"\.?\d", token):
+            number = Fraction(token)
+            value = number.numerator * pow(number.denominator, -1, P) % P
+        elif token in ("(", "{"):
+            value = self.sum()
+            if not self.take({"(": ")", "{": "}"}[token]):
+                raise ValueError("not closed")
+        elif token == "\\frac":
+            value = self.divide(self.atom(), self.atom)
+        elif token == "\\sqrt" and self.tokens[self.at] != "[":
+            value = self.root(self.atom(), start)
+        elif token in FUNCTIONS:
+            while self.tokens[self.at] in ("[", "_", "^"):
+                self.index()
+            self.atom()
+            value = self.name(start)
+        elif re.fullmatch(r"[A-Za-zΩμ]|\\[A-Za-z]+", token):
+            if self.tokens[self.at] == "_":
+                self.index()
+            value = self.name(start)
+        else:
+            raise ValueError(token)
+        self.depth -= 1
+        return value % P
 
 
 # ------------------------------------------------------------------------------------------------- Answers
-Number = namedtuple("Number", "value exact unit optional literal")  # optional: the unit may be missing
-Group = namedtuple("Group", "brackets items")  # "" of a list
-Named = namedtuple("Named", "name answer")  # x and 5 of x = 5
-PREFIXES, SYMBOLS = ["", *"kMGTdcmµnp", "Ki", "Mi", "Gi"], "m g s L J N W Wh K Hz eV Pa V A C F T H Ω mol B"
-UNITS = {p + name: p + name for name in SYMBOLS.split() for p in PREFIXES if p + name != "pm"}  # a time
-for aliases in (
-        r"$ \$ dollar USD; € euro EUR; ¥ yen; £ pound; ¢ cent; % percent; ° degree; °C celsius; °F; in inch;"
-        "ft foot feet; mi mile; mi/h mph; km/h kmh; lb; oz; m meter; cm centimeter; km kilometer; g gram;"
-        "kg kilogram; L l liter; mL ml; s second; min minute; h hr hour").split(";"):
-    UNITS = {alias + plural: aliases.split()[0] for alias in aliases.split() for plural in ("", "s")} | UNITS
-NOUN = re.compile(
-    "(?!(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|lakh|pair|dozen|third|"
-    "hal[fv]e?|quarter|[a-z]+(?:teen|ty|th|sand|illion|ed|ing|ly|ary|orial)|not|than|over|under|more|less|"
-    "plus|minus|time|percentage|mod|root|power|inverse|mega|square|maybe|sin)s?$)(?=.*[aeiouy])[a-z]{3,}")
-UNIT_NAME = r"(?!(?:and|or)\b)(?:\\?\$|[A-Za-zµΩ]++|°[CF]?|[€¥£¢%])"
-UNIT = re.compile(rf"(?:(?: |/|(?![A-Za-z]\b))(?:{UNIT_NAME} ?(?:\^\{{?-?[0-9]\}}?)?[ */]?)++)?(?<![ */])")
-ARITHMETIC = re.compile(r"(?:[-+*/^(){}0-9. ]|[eE](?=[-+]?[0-9])|\\(?:frac|sqrt|pi)(?![A-Za-z]))*")
-DIGITS = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)"
-FRACTION = r"(?:\\frac ?\{[-+]?[0-9]+\} ?\{[-+]?[0-9]+\}|[0-9]+ ?/ ?[-+]?[0-9]+)"
-SCIENTIFIC = rf"(?:{DIGITS} ?\* ?)?10 ?\^ ?\{{?[-+]?[0-9]+\}}?|{DIGITS}(?:[eE][-+]?[0-9]+)?"
-LITERAL = re.compile(rf"[-+]? ?[({{]? ?(?:[0-9]* ?{FRACTION}|{SCIENTIFIC})[)}} ]*")
-VARIABLE = r"(?:[A-Za-z]|\\(?!(?:frac|sqrt|pi)\b)[A-Za-z]+)(?:_(?:[A-Za-z0-9]+|\{[A-Za-z0-9]+\}))?"
-ARGUMENT = r"\((?:[A-Za-z]|(?:\\frac|\\sqrt|\\pi|[-+*/^0-9.,{} ])+)\)"  # f(2) | f(x + 1)
-NAMES = rf"{VARIABLE}(?:{ARGUMENT})?|[A-Z]{{2}}|\((?:[a-z], ?)+[a-z]\)"
-NAME = re.compile(rf"({NAMES}) ?(?:=|\\(?:in|approx)(?![a-z])) ?(?=[^ =])")
-SEPARATOR = re.compile(r"(?P<open>\\?[(\[{])|(?P<close>\\?[)\]}])|[,;] ?(?:and |or )?|\b(?:and|or)\b")
+Quantity = namedtuple("Quantity", "value unit text radicand roots_below")
+Group = namedtuple("Group", "brackets items")  # no brackets: a list; of a relation its signs
+Named = namedtuple("Named", "name answer")
+OPENING, CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
+RELATIONS = ("=", "\\approx", "\\in", "<", ">", "\\le", "\\ge", "\\ne")
+FUNCTIONS = tuple(r"\sqrt \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln \lg \exp".split())
+CHANGING = set(  # after a number, these make another of it
+    "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple lakh crore mln "
+    "half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared cubed factorial time plus am "
+    "minus over divided less mod power root inverse repeating percentage binary not than because since maybe pm "
+    "perhaps probably wrong incorrect".split())
+UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+\??|[%°$€£₹¢])(?:[A-Za-zΩμ/.*]|\^\{?-?\d\}?)*)*')
+LITERAL = re.compile(
+    r"-?(?:\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|(?:\d+ )?\d+/\d+|\d*\\frac\{\d+\}\{\d+\}|"
+    r"(?:\d*\.?\d+\*)?10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
+
+
+def split(tokens: list[str], separators) -> tuple[list[list[str]], list[str]]:
+    """The parts between the separators that stand outside all brackets, and these separators."""
+    parts, found, depth = [[]], [], 0
+    for token in [*tokens, None]:
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth < 0 or token is None and (depth or not all(parts)):
+            raise ValueError("brackets, or an empty part")
+        if depth == 0 and token in separators:
+            parts.append([])
+            found.append(token)
+        elif token:
+            parts[-1].append(token)
+    return parts, found
+
+
+def spelled(tokens: list[str]) -> str:
+    return "".join(tokens).replace('"', " ").replace("?", "").strip()
+
+
+def read(tokens: list[str], depth: int = 0):
+    """A Group, Named or Quantity, or else the text of the tokens."""
+    try:
+        if depth > MAX_DEPTH:
+            raise ValueError("too deep")
+        return read_group(tokens, depth + 1) or read_relation(tokens, depth + 1) or read_quantity(tokens)
+    except ValueError:
+        return spelled(tokens)
+
+
+def read_group(tokens: list[str], depth: int) -> Group | Named | None:
+    """What has items: by commas, brackets, or a plus-minus."""
+    (parts, commas), brackets = split(tokens, (",",)), ""
+    if not commas and tokens.count("\\pm") == 1:
+        at = tokens.index("\\pm")
+        parts = [[*tokens[:at], sign, *tokens[at + 1:]] for sign in "+-"]
+    elif not commas:
+        try:
+            parts, commas = split(tokens[1:-1], (",",))
+        except ValueError:  # (1 + 2)(3 + 4)
+            return None
+        if tokens[0] not in OPENING or tokens[-1] not in CLOSING:
+            return None
+        if not commas and tokens[0] in ("(", "{"):
+            return read(parts[0], depth)
+        brackets = tokens[0][-1] + tokens[-1][-1]
+    items = [read(part, depth) for part in parts]
+    names = {item.name for item in items if isinstance(item, Named)}
+    if len(names) == 1:  # x = 1 or x = 2
+        items = [item.answer if isinstance(item, Named) else item for item in items]
+    elif names and not brackets:
+        return Group(",", items)
+    nested = [item.items if isinstance(item, Group) and not item.brackets else [item] for item in items]
+    return Group(brackets, [item for items in nested for item in items])
+
+
+def read_relation(tokens: list[str], depth: int):
+    """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
+    parts, signs = split(tokens, RELATIONS)
+    if not signs:
+        return None
+    sides, text = [read(part, depth) for part in parts], spelled(parts[0])
+    name = re.sub(r"_(\{[^{}]*\}|\w)|(?<=[A-Za-z])\([^()]*\)", "", text)
+    named = re.fullmatch(r"(?!.*\\(?:frac|sqrt|cdot))[A-Za-z\\{}|+,()' ]+", name)
+    named = named and signs[0] in ("=", "\\in", "\\approx") and not re.fullmatch("[A-Z]=[A-Z]", spelled(tokens))
+    value, *others = sides[1:] if named else sides
+    for sign, side in zip(signs[len(parts) - 1 - len(others):], others):
+        about = sign == "\\approx" and isinstance(value, Quantity) and re.search("[a-z/]", value.text)
+        if not about and (sign != "=" or not equal(value, side) or "%" in f"{value}{side}"):
+            return Group("".join(signs), sides)
+        value = value if about else side
+    if text[0] == "(" and isinstance(value, Group):
+        return Group(",", [Named(*pair) for pair in zip(text.strip("()").split(","), value.items)])
+    return Named(text, value) if named else value
+
+
+def read_quantity(tokens: list[str]) -> Quantity:
+    reader = Reader(tokens)
+    value, unit = reader.sum(), "".join(tokens[reader.at:])
+    if not UNIT.fullmatch(unit):
+        raise ValueError("no unit")
+    unit = sorted(re.findall(r"[A-Za-zΩμ]+|[^\w\".{}*]|\d", unit))
+    return Quantity(value, unit, spelled(tokens[:reader.at]), reader.radicand, reader.roots_below)
+
+
+# ------------------------------------------------------------------------------------------------ Verdicts
+OPTION = re.compile(
+    r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"  # E. coli, J. S. Mill
+    r"(?:(?i:option|choice) )?(?:[(\[<]([A-Ja-j])[)\]>]|([A-J])(?=$|[.:,;)]| [-(])|([a-j])(?=$|[.)]))(.*)")
+OTHER_OPTION = re.compile(
+    r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|^\W*[AI]\b(?! [a-z])|"
+    r"[,/|&] ?[a-j]\b(?![=+*/^(-])|\ball (?:of )?the (?!above)")
+
+
+def option(text: str) -> str | None:
+    """The letter of the option that a text names, "" if it names others too; None if it names none."""
+    text = re.sub(r"\\(?:text[a-z]*|math[a-z]+|boxed)|[{}$*~]|\\(?=[ :;,])|\b(?i:answer):", " ", text[:MAX_LENGTH])
+    found = OPTION.fullmatch(" ".join(re.sub(r"\b(?:and|or)\b", ",", text).split()).replace("( ", "("))
+    return found and ("" if OTHER_OPTION.search(found[4]) else (found[1] or found[2] or found[3]).upper())
 
 
 def equal(a, b, finished: bool = False) -> bool:
-    """Whether two parsed answers are the same. finished: only a literal equals a literal of b."""
+    """Whether two answers are the same; finished: and a is worked out as far as b."""
     if isinstance(a, Named) and isinstance(b, Named) and a.name != b.name:
         return False
     a, b = (x.answer if isinstance(x, Named) else x for x in (a, b))
-    if isinstance(a, Number) and isinstance(b, Number):
-        x, y = (number.value / 100 if number.unit == "%" else number.value for number in (a, b))
-        tolerance = 0 if a.exact and b.exact else TOLERANCE
-        same_value = any(abs(x - y) <= tolerance * max(1, abs(x)) for x, y in ((x, y), (a.value, b.value)))
-        same_unit = a.unit == b.unit or not a.unit and b.optional or not b.unit and a.optional
-        return same_value and same_unit and (a.literal or not (finished and b.literal))
+    if isinstance(a, Quantity) and isinstance(b, Quantity):
+        return same_quantity(a, b) and (not finished or worked_out(a, b))
     if not isinstance(a, Group) or not isinstance(b, Group):
         return a == b
-    brackets, rest = {a.brackets, b.brackets}, list(b.items)
-    if len(a.items) != len(b.items) or len(brackets) > 1 and brackets not in ({"", "{}"}, {"", "[]"}):
+    brackets, rest = (a.brackets, b.brackets), list(b.items)
+    alike = brackets in (("{}", ""), (",", ""), ("", ","), (",", "()"), ("()", ","))
+    alike |= len(a.items) > 2 and brackets in (("[]", "()"), ("()", "[]"))
+    if len(a.items) != len(rest) or not (alike or a.brackets == b.brackets):
         return False
-    for x in a.items:  # in any order if neither has an order
+    for x in a.items:
         places = [i for i, y in enumerate(rest) if equal(x, y, finished)]
-        if not places or places[0] > 0 and not brackets <= {"", "{}"}:
+        if not places or places[0] > 0 and brackets not in ((",", ","), ("", ""), ("{}", "{}"), ("{}", "")):
             return False
         del rest[places[0]]
     return True
 
 
-def parse(text: str, depth: int = 0) -> Number | Group | Named | str:
-    """A normalized answer, as the first of the kinds below that it can be read as."""
-    # In this order, since {7} is a number, x = 1, 2 is a name of a list, and (1, 2), (3, 4) is a list.
-    if depth <= MAX_DEPTH and (answer := as_number(text) or as_equation(text, depth)):
-        return answer
-    parts, brackets = split(text), ""
-    if len(parts) < 2 and (match := re.fullmatch(r"(\\?[(\[{])(.*?)(\\?[)\]}])", text)):
-        parts, brackets = split(match[2].strip()), match[1][-1] + match[3][-1]
-    whole = brackets in ("{}", "()", "[]", "(]", "[)") or not brackets and len(parts) > 1
-    if depth > MAX_DEPTH or not whole or not all(parts or [""]):
-        text = re.sub(r"(?<=[0-9]) (?=[A-Za-z\\])| ?([^\w\s]) ?", r"\1", text)
-        symbols = re.search(r"[^\w\s.,'-]|[\d_]|[a-z][A-Z]|\b[b-hj-zB-HJ-Z]\b", text)
-        text = text if symbols else text.casefold()
-        return {"yes": "true", "no": "false"}.get(text, text)
-    items = [parse(part, depth + 1) for part in parts]
-    if brackets == "{}":  # a set has each element once
-        items = [x for i, x in enumerate(items) if not any(equal(x, y) for y in items[:i])]
-    named = {item.name: item.answer for item in items if isinstance(item, Named)}
-    if not brackets and len(named) == len(items):  # x = 1, y = 2 is (x, y) = (1, 2)
-        names, answers = zip(*sorted(named.items(), key=lambda item: item[0]))
-        return Named(f"({','.join(names)})", Group("()" if len(names) == 2 else "[]", answers))
-    return Group("[]" if brackets == "()" and len(items) > 2 else brackets, items)
+def same_quantity(a: Quantity, b: Quantity) -> bool:
+    unit, other = ([word for word in x.unit if word not in "%?"] for x in (a, b))
+    percent, percents = a.unit.count("%"), b.unit.count("%")
+    if unit != other and (unit and other or CHANGING & {*unit, *other} or "?" in b.unit) or max(percent, percents) > 1:
+        return False
+    larger, smaller = (a, b) if percent else (b, a)
+    hundredth = percents > percent or percent > percents and rational(b.value).denominator > 1
+    return a.value == b.value or hundredth and larger.value == smaller.value * 100 % P
 
 
-def split(text: str) -> list[str]:
-    """The items of a list, separated outside all brackets; none if a bracket closes that none opened."""
-    parts, start, depth = [], 0, 0
-    for match in SEPARATOR.finditer(text):
-        depth += bool(match["open"]) - bool(match["close"])
-        if depth < 0 or len(parts) == MAX_ITEMS:
-            return []
-        if depth == 0 and not match["close"]:
-            parts.append(text[start:match.start()].strip())
-            start = match.end()
-    return [*parts, text[start:].strip()]
+def worked_out(a: Quantity, b: Quantity) -> bool:
+    if literal := LITERAL.fullmatch(a.text):
+        return not (literal[1] or literal[2]) or rational(a.value).denominator > 1  # 12/2
+    operators, others = (re.findall(r"(?<=[\w})])[+-]|[*/^(]|\\frac|\}\\sqrt", x.text.replace("\\frac", "/")) for x in (a, b))
+    if LITERAL.fullmatch(b.text) or not {*operators} - {"+", "-"} <= {*others}:
+        return False
+    if re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi)", "", a.text)):
+        return sorted(a.text) == sorted(b.text)
+    sums = [sum(operator in "+-" for operator in x) for x in (operators, others)]
+    return sums[0] <= sums[1] and a.radicand <= b.radicand and a.roots_below <= b.roots_below
 
 
-def as_number(text: str) -> Number | None:
-    number = ARITHMETIC.match(text)[0].rstrip()
-    unit, literal = text[len(number):].replace("µ ", "µ"), bool(LITERAL.fullmatch(number))
-    words = [name.lower() for name in re.findall(UNIT_NAME, unit) if name not in UNITS]
-    noun = literal and unit[:1] == " " and all(len(word) > 2 for word in words)
-    if not UNIT.fullmatch(unit) or words and not noun:
-        return None
+def parse(text: str):
+    tokens = [token for token in TOKEN.findall(normalize(text)) if token.strip()]
+    if len(tokens) > MAX_TOKENS or re.fullmatch(r"\d+[-–−]\d+", text):  # a range
+        return spelled(tokens)
+    return read(tokens)
+
+
+def texts(reference, depth: int = 0) -> list[str]:
+    """The texts any of which is the answer; none of what cannot be read."""
+    reference = reference.tolist() if hasattr(reference, "tolist") else reference  # numpy's
+    if isinstance(reference, (list, tuple)) and depth < MAX_DEPTH:
+        return [text for item in reference for text in texts(item, depth + 1)]
+    if not isinstance(reference, (str, Number)) or reference != reference:
+        return []
     try:
-        tokens = ["", *reversed(TOKEN.findall(MIXED.sub(r"(\1+\2)", number)))]  # "" is the end
-        value = climb(tokens, 1) if len(tokens) < MAX_TOKENS else PI
-    except (ValueError, ArithmeticError):
-        return None
-    optional = not words or " " not in unit[1:] and all(map(NOUN.fullmatch, words))
-    unit = re.sub(UNIT_NAME, lambda name: UNITS.get(name[0], name[0].lower()), unit).replace(" ", "")
-    divided = value.denominator == 1 and re.search("/|frac", number)  # 12/2 is not worked out
-    number = Number(value, not re.search("sqrt|pi", number), unit, optional, literal and not divided)
-    return number if tokens == [""] else None
-
-
-def as_equation(text: str, depth: int) -> Number | Group | Named | str | None:
-    """x = 5 or f(2) = 9: a name and its answer. 2 * 8 = 16: the last side, if all sides are equal numbers."""
-    name = NAME.match(text)
-    exact, about, decimal = text[name.end() if name else 0:].partition("\\approx ")
-    sides = [as_number(side.strip()) for side in exact.split("=")] if "=" in exact or about else []
-    answer = parse(exact, depth + 1) if name and not sides else None
-    if sides and all(sides) and all(equal(side, sides[-1]) for side in sides):
-        digits = re.match(r"-?[0-9]+\.?([0-9]*)|", decimal)  # 1/3 if it rounds to 0.333
-        rounded = digits[0] and round(sides[-1].value, len(digits[1])) == Fraction(digits[0])
-        answer = sides[-1] if rounded or not about else None
-    return Named(name[1].replace(" ", ""), answer) if name and answer else answer
-
-
-# ---------------------------------------------------------------------------------------------- Arithmetic
-# Rationals are exact. A root has more digits than an answer can have, so nothing rational passes for it. An
-# identity in pi, which is transcendental, holds for any number; this one is too long to be written.
-SCALE, TOLERANCE = 10 ** (MAX_LENGTH + 100), Fraction(1, 10 ** (MAX_LENGTH + 50))
-PI = Fraction(math.pi) + Fraction(1, SCALE)
-TOKEN = re.compile(rf" ?({DIGITS}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?|\\[a-z]+|\S)")
-MIXED = re.compile(r"(?<![\w.^/}])([0-9]+) ?((?<= )[0-9]+/[0-9]+(?![\w.])|\\frac ?\{[0-9]+\} ?\{[0-9]+\})")
-CLOSING = {"(": ")", "{": "}"}
-PRECEDENCE = {"+": 1, "-": 1} | dict.fromkeys(["*", "/", "(", "{", "\\frac", "\\sqrt", "\\pi"], 2)  # 2(3)
-
-
-def climb(tokens: list[str], level: int) -> Fraction:
-    """The value of the next tokens, as far as operators of this precedence or a higher one go."""
-    token = tokens.pop()
-    if level > 3 and token not in CLOSING:  # TeX reads \sqrt12 as \sqrt{1}2
-        raise ValueError("no argument")
-    if token in CLOSING:
-        value = climb(tokens, 1)
-        if tokens.pop() != CLOSING[token]:
-            raise ValueError("not closed")
-    elif token in ("+", "-"):
-        value = climb(tokens, 3) * int(token + "1")
-    elif token == "\\frac":
-        value = climb(tokens, 4) / climb(tokens, 4)
-    elif token == "\\sqrt":
-        value = climb(tokens, 4)
-        root = math.isqrt(value.numerator * value.denominator * SCALE**2)
-        value = Fraction(root, value.denominator * SCALE)  # sqrt(a / b) = sqrt(a b) / b
-    else:
-        value = PI if token == "\\pi" else Fraction(token)
-    if tokens[-1] == "^" and level < 4:
-        tokens.pop()
-        exponent = climb(tokens, 3)
-        bits = max(map(int.bit_length, value.as_integer_ratio())) * abs(exponent)
-        if exponent.denominator > 1 or exponent <= 0 == value or bits > MAX_BITS:
-            raise ValueError("a root, 0 to the power 0, or too large")
-        value **= int(exponent)
-    while (precedence := PRECEDENCE.get(tokens[-1], 0)) >= level:
-        operator = tokens.pop() if tokens[-1] in "*/" else ""
-        right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
-        value = value + right if precedence == 1 else value / right if operator == "/" else value * right
-        if max(map(int.bit_length, value.as_integer_ratio())) > MAX_BITS:
-            raise ValueError("too large")
-    return value
-
-
-# ------------------------------------------------------------------------------------------------ Verdicts
-def readable(answer, depth: int = 0) -> str:
-    """An answer as text, "" if nothing equals it: None, NaN, empty text, an empty or unclosed marker."""
-    answer = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
-    if isinstance(answer, (list, tuple)) and depth < MAX_DEPTH:
-        items = [readable(item, depth + 1) for item in answer]
-        return items[0] if len(items) == 1 else f"[{', '.join(items)}]" if items and all(items) else ""
-    if isinstance(answer, (int, float)) and abs(answer) < 10**MAX_LENGTH:
-        return str(answer)
-    inside = marked(answer) if isinstance(answer, str) else ""
-    return (stated(answer) or answer if inside is None else inside).strip()
-
-
-def option(reference) -> str | None:
-    """The letter of a reference that names an option: B, (B) or (B) Paris."""
-    reference = normalize(readable(reference)[:MAX_LENGTH])
-    return letter_of(reference) if LABEL.match(reference) else None
+        text = str(reference).strip()
+    except ValueError:  # an integer of thousands of digits
+        return []
+    inside = marked(text)
+    return [text] if text and inside is None else [inside] if inside else []
 
 
 def is_equivalent(answer: str, reference, finished: bool = False) -> bool:
-    """Whether two answers are the same, by the rules at the top of this file. Never raises."""
-    letter, answer, reference = option(reference), readable(answer), readable(reference)
-    if max(len(answer), len(reference)) > MAX_LENGTH:
-        return answer.split() == reference.split()
-    if letter:
-        named = letter_of(answer)  # only a reference written a, not A or (a), is strict on case
-        return bool(named) and letter in (named if reference in "abcdefghij" else named + named.swapcase())
-    answer, reference = parse(normalize(answer)), parse(normalize(reference))
-    return answer != "" and equal(answer, reference, finished)
+    """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
+    for left in texts(answer):
+        for right in texts(reference):
+            letter = None if re.fullmatch("[a-z]", right) else option(right)
+            if letter or max(len(left), len(right)) > MAX_LENGTH:
+                same = option(left) == letter if letter else left.split() == right.split()
+            else:
+                same = equal(parse(left), parse(right), finished)
+            if same:
+                return True
+    return False
 
 
-def verify(response: str, reference, strict: bool = False) -> bool:
-    """Whether the response's final answer is the reference, which may be a whole solution. Never raises."""
-    answer = extract_answer(response, strict, bool(option(reference))) if isinstance(response, str) else None
-    return is_equivalent(answer, reference, finished=True)
+def verify(response: str, reference) -> bool:
+    """Whether the response's final answer is the reference, worked out. Never raises."""
+    answer = extract_answer(response) if isinstance(response, str) else None
+    return answer is not None and is_equivalent(answer, reference, True)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, strict=False, **kwargs) -> float:
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
     """The reward as verl calls it."""
-    return float(verify(solution_str, ground_truth, strict))
+    return float(verify(solution_str, ground_truth))
 
 
-def reward_func(completions, answer=None, solution=None, ground_truth=None, strict=False, **kwargs) -> list:
+def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
     """The reward as TRL calls it, of strings or messages; None, which TRL skips, if there is no reference."""
     references = next(x for x in (answer, solution, ground_truth, [None] * len(completions)) if x is not None)
-    texts = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
-    return [float(verify(*pair, strict)) if readable(pair[1]) else None for pair in zip(texts, references)]
+    responses = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
+    return [float(verify(*pair)) if texts(pair[1]) else None for pair in zip(responses, references)]
