@@ -23,13 +23,18 @@ from collections import namedtuple
 from fractions import Fraction
 from numbers import Number
 
-MAX_LENGTH, MAX_TOKENS, MAX_DEPTH = 1000, 200, 16  # an answer beyond these is compared as text
+MAX_LENGTH, MAX_TOKENS = 1000, 200  # an answer beyond these is compared as text
 
 # ---------------------------------------------------------------------------------------------- Extraction
+INSIDE = r"[^{}\\]"
+for _ in range(9):  # levels of braces
+    INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{INSIDE}\}})*+"
 NUMERIC = r"[-+−]?(?:\\?[$€£₹])?[-+−]?[\d.][\d.,/]*+(?: ?(?:\\?%|[a-z]+))?"
-HASHES = rf"(?<!#)####(?!#)[ *]*+({NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
-MARKER = re.compile(rf"<answer>|\\(?:boxed|fbox)(?![A-Za-z])|boxed(?=\{{)|{HASHES}")
-SPECIAL_TOKENS = re.compile(r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z")
+HASHES = rf"(?<!#)####(?!#)[ *]*+(?:{NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
+SIGN = r"(?:(?<![\d)\]}])(?<![\d)\]}] )([-−])\$?)?"  # -\boxed{5}
+MARKER = re.compile(rf"<answer>|{SIGN}\\(?:boxed|fbox)(?![A-Za-z])|boxed(?=\{{)|{HASHES}")
+CONTENT = re.compile(rf"<answer>(.*?)</answer>|[-−]?\$?\\?\w+\s*\{{({INSIDE})\}}|####(.*?)(?:[\n\r<]|\Z)", re.DOTALL)
+SPECIAL_TOKENS = r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z"
 # A new clause must start here: what denies or doubts an answer stands before "the answer".
 CLAUSE = r"(?i)(?:^|[.!?:;,] )(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
 IN_WORDS = re.compile(CLAUSE + r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;]|\.(?=[^\s$*]))+)[.$* ]*\Z")
@@ -39,22 +44,12 @@ def marked(text: str) -> str | None:
     """What the last marker holds, "" if it is empty or not closed; None if there is no marker."""
     text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     *_, marker = None, *MARKER.finditer(text)
-    if marker is None:
-        line = SPECIAL_TOKENS.sub("", text[-MAX_LENGTH:]).rstrip().rsplit("\n", 1)[-1]
-        answer = IN_WORDS.search(line.replace("**", "").strip())
-        return answer and answer[1].strip()
-    if marker[1]:
-        return marker[1]
-    rest = text[marker.end():marker.end() + 2 * MAX_LENGTH].lstrip()
-    if marker[0] == "<answer>":
-        return rest.partition("</answer>")[0].strip() if "</answer>" in rest else ""
-    before = text[max(0, marker.start() - 9):marker.start()].rstrip("$")
-    sign, depth = "-" if re.search(r"(?:^|[^\d)\]}\s])\s*[-−]\Z", before) else "", 0
-    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL) if rest[:1] == "{" else ():
-        depth += (brace[0] == "{") - (brace[0] == "}")
-        if depth == 0:
-            return sign + rest[1:brace.start()].strip()
-    return ""
+    if marker:
+        content = CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
+        return (marker[1] or "") + content[content.lastindex].strip(" *\n") if content else ""
+    line = re.sub(SPECIAL_TOKENS, "", text[-MAX_LENGTH:]).rstrip().rsplit("\n", 1)[-1]
+    answer = IN_WORDS.search(line.replace("**", "").strip())
+    return answer and answer[1].strip()
 
 
 def extract_answer(response: str) -> str | None:
@@ -71,8 +66,21 @@ SYNONYMS = dict(pair.split(" ", 1) for pair in (
     '"gram "g,"liter "L,"second "s,"minute "min,"hour "h,"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,'
     '"per /,"th ,"st ,"nd ,"rd ,"hundred *10^2,"thousand *10^3,"million *10^6,"billion *10^9').split(","))
 UNITS = r"[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq"
-# In this order. From the fourth on, words have a quotation mark before them; the bare letter of "5 m" has '"m?'.
+UNICODE = {"<super>": "^{%s}", "<fraction>": " %s "}
+
+
+def plain(match: re.Match) -> str:
+    """A character beyond ASCII in the notation of TeX: ² ½ １"""
+    form = UNICODE.get(unicodedata.decomposition(match[0]).split(" ")[0], "%s")
+    return SYNONYMS.get(match[0]) or form % unicodedata.normalize("NFKC", match[0])
+
+
+# In this order. From the second group on, a word has a quotation mark before it; the bare letter of "5 m" has '"m?'.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
+    ('["\u200b-\u200f\u2060\ufeff]', " "),  # zero-width characters never join digits
+    (r"[^\x00-\x7f]", plain),
+    (r"\}\^\{", ""),  # of 10²³
+    (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))", r"\\"),  # JSON's
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!", ""),
     (r"\\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}", r"\1\2"),
     (r"\b([ap])\.m\.?", r"\1m"),
@@ -81,52 +89,35 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\begin\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?", "[["),
     (r"(?:\\\\\s*)?\\end\{(?:[pb]matrix|array)\}", "]]"),
     (r"\\\\", "],["),
-    (r"[&;∪]|\\cup(?![a-z])|\{,\}|,?\s*\"?\b(?:and|or)\b", ","),  # 1{,}000
-    (r"(?<=\d)(?:\\,|, (?= ?\d{3}\b)(?!.*, \d\d?\b))(?=\d{3}(?!\d))", ""),  # 12\,500
+    (r"[&;]|\\cup(?![a-z])|\{,\}|,?\s*\"?\b(?:and|or)\b", ","),  # 1{,}000
+    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 12\,500
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
     (r"\\[()\[\]]", ""),
     (r"(?<!\\)\$([^$]*)(?<!\\)\$", r" \1 "),  # $x$, but not $5
-    (r"\\?([$€£¥₹]) ?([-−]?[\d.,]*\d)(?![A-Za-z\d])", r"\2 \1"),  # $5 is 5 $, but $5B is not
+    (r"\\?([$€£¥₹]) ?(-?[\d.,]*\d)(?![A-Za-z\d])", r"\2 \1"),  # $5 is 5 $, but $5B is not
     (r"\^ ?\{? ?\\circ ?\}? ?", "°"),
     (r"\^ ?\{ ?\"?(th|st|nd|rd) ?\}", r"\1"),
+    (r"_\{(\w)\}", r"_\1"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
-    (r"\\([dtc]?frac) ?(\d) ?(\d)", r"\\\1{\2}{\3}"),
+    (r"\\[dtc]?frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\d.^_])(\d+) ?\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),
     (r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1"),
-    (r"\\sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\(sqrt|ln|log|sin|cos|tan) ?\(([^()]*)\)", r"\\\1{\2}"),
     (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)(?![^()\[\]]*[)\]])(?!.*\\\})",
      lambda match: match[0].replace(",", "")),
     (r"^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))", ""),
     (r"^\s*([*_'`]+)(.+)\1\s*$", r"\2"),
-    (r"^ *\"?(?:(yes|Yes|true|True)|(?:no|No|false|False)) *$", lambda match: '"yes' if match[1] else '"no'),
+    (r"^ *\"?(?:yes|Yes|true|True) *$", '"yes'),
+    (r"^ *\"?(?:no|No|false|False) *$", '"no'),
     (r"(?<![\\A-Za-z\"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3})", '"'),
     (rf"(?<=[\d)}}°%]) *(?=(?:{UNITS})(?![A-Za-z(^_]))", '"'),
     (r"(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)", r'"\1?'),
     (r'("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])', r"\1"),
     (r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,})(?![A-Za-z])', lambda match: match[0].lower()),
-    (r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])", "")]]
-MIXED = r"(?<![\d./^_])\d+(?: (?=\d+/)|(?=\\frac))(?:\d+/\d+|\\frac\{\d+\}\{\d+\})(?![\d.])"
-DIGITS = r" ?\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+"
-TOKEN = re.compile(rf'{MIXED}|{DIGITS}|\\[A-Za-z]+|\\.|"[A-Za-zΩμ]+\??|\S')
-
-
-def plain(match: re.Match) -> str:
-    """A character beyond ASCII in the notation of TeX: ² ½ １ ١ and zero-width ones, which never join digits."""
-    kind, same = unicodedata.decomposition(match[0])[:5], unicodedata.normalize("NFKC", match[0])
-    if kind == "<supe":
-        return f"^{{{same}}}"
-    if same.isdecimal():
-        return str(int(same))
-    return " " if unicodedata.category(same[0]) == "Cf" else f" {same} ".replace("⁄", "/") if kind == "<frac" else same
-
-
-def normalize(text: str) -> str:
-    text = re.sub(r"[^\x00-\x7f]", plain, text.replace('"', "")).replace("}^{", "")
-    if "\\begin" not in text or "\\\\begin" in text:  # of output that was escaped for JSON
-        text = text.replace("\\\\", "\\")
-    for pattern, replacement in RULES:
-        text = pattern.sub(replacement, text)
-    text = re.sub(r'\\[A-Za-z]+|\\[%$]|"[a-z]+|[<>!]=|[^\x00-\x7f]', lambda m: SYNONYMS.get(m[0], m[0]), text)
-    return text.strip().rstrip(" .")
+    (r'\\[A-Za-z]+|\\[%$]|"[a-z]+|[<>!]=', lambda match: SYNONYMS.get(match[0], match[0])),
+    (r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$", "")]]
+NUMBERS = r" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+)"
+TOKEN = re.compile(rf'{NUMBERS}|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{{[^{{}}]*\}}))?|\\.|"[A-Za-zΩμ]+\??|\S')
 
 
 # --------------------------------------------------------------------------------------------- Expressions
@@ -139,224 +130,205 @@ P = 57 * 4 * math.prod(SMALL) - 1
 
 def rational(value: int) -> Fraction:
     """The fraction of least size with this value."""
-    a, b, s, t = P, value, 0, 1
+    a, b, s, t = P, value % P, 0, 1
     while b * b > P:
         a, b, s, t = b, a % b, t, s - a // b * t
     return Fraction(b, t)
 
 
-class Reader:
-    """Computes the expression that tokens start with, and notes its roots."""
+def named(*names) -> int:
+    return random.Random(str(names)).randrange(P)
 
-    def __init__(self, tokens: list[str]):
-        self.tokens, self.at, self.depth = [*(token.strip() for token in tokens), ""], 0, 0
-        self.radicand = self.roots_below = 0
 
-    def take(self, *wanted: str) -> str:
-        """The next token; with wanted, only if it is one of these, or else nothing."""
-        token = self.tokens[self.at]
-        if wanted and token not in wanted:
-            return ""
-        self.at += 1
-        return token
+def root(value: int) -> int:
+    radicand, result = rational(value), pow(value, (P + 1) // 4, P)
+    rest = radicand.numerator * radicand.denominator
+    for prime in SMALL:
+        while rest > 0 and rest % prime**2 == 0:
+            rest //= prime**2
+    known = 0 < rest < 200**2 and (result * result - value) % P == 0  # a square of more could have the other root
+    return result if known else named("root", value)
 
-    def sum(self) -> int:
-        value = self.product()
-        while sign := self.take("+", "-"):
-            value += int(sign + "1") * self.product()
-        return value % P
 
-    def product(self) -> int:
-        value = self.power()
-        while True:
-            before, operator = self.tokens[self.at - 1], self.take("*", "/")
-            if not operator and not re.match(r"[(A-Za-zΩμ]|\\[A-Za-z]", self.tokens[self.at]):
-                return value
-            if before[-1].isdigit() and self.tokens[self.at] == "\\frac" and not operator:
-                raise ValueError("neither a mixed number nor a product")
-            value = value * self.power() % P if operator != "/" else self.divide(value, self.power)
+FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
-    def divide(self, value: int, read) -> int:
-        start = self.at
-        divisor = read()
-        self.roots_below += "\\sqrt" in self.tokens[start:self.at]
-        return value * pow(divisor, -1, P) % P
 
-    def power(self) -> int:
-        sign = self.take("+", "-")
-        start, value = self.at, self.atom()
-        if self.take("^"):
-            exponent = rational(int(self.take("-") + "1") * self.atom() % P)
-            if exponent == Fraction(1, 2):
-                value = self.root(value, start)
-            elif exponent.denominator == 1 and abs(exponent) < 10**6 and (value or exponent > 0):
-                value = pow(value, int(exponent), P)
-            else:
-                value = self.name(start)
-        return -value if sign == "-" else value
-
-    def root(self, value: int, start: int) -> int:
-        radicand = rational(value)
-        n = rest = radicand.numerator * radicand.denominator
-        for prime in SMALL:
-            while n > 0 and rest % prime**2 == 0:
-                rest //= prime**2
-        root = pow(value, (P + 1) // 4, P)
-        if not 0 < rest < 200**2 or root * root % P != value:  # a larger square may have the other root
-            return self.name(start)
-        self.radicand, self.roots_below = max(self.radicand, n), self.roots_below + (radicand.denominator > 1)
-        return root
-
-    def name(self, start: int) -> int:
-        return random.Random(re.sub(r"[{}() ]", "", "|".join(self.tokens[start:self.at]))).randrange(P)
-
-    def index(self) -> None:
-        """Over a subscript, or what stands in brackets."""
-        depth, start = 0, self.at
-        while self.at == start or depth or self.tokens[self.at - 1] in ("_", "^"):
-            token = self.take()
-            depth += (token in OPENING) - (token in CLOSING)
-
-    def atom(self) -> int:
-        self.depth += 1
-        start, token = self.at, self.take()
-        if self.depth > MAX_DEPTH:
-            raise ValueError("too deep")
-        if mixed := re.fullmatch(r"(\d+)(?: |\\frac\{)(\d+)(?:/|\}\{)(\d+)\}?", token):
-            whole, top, bottom = map(int, mixed.groups())
-            value = (whole * bottom + top) * pow(bottom, -1, P)
-        elif re.match(r"\.?\d", token):
-            number = Fraction(token)
-            value = number.numerator * pow(number.denominator, -1, P) % P
-        elif token in ("(", "{"):
-            value = self.sum()
-            if not self.take({"(": ")", "{": "}"}[token]):
-                raise ValueError("not closed")
-        elif token == "\\frac":
-            value = self.divide(self.atom(), self.atom)
-        elif token == "\\sqrt" and self.tokens[self.at] != "[":
-            value = self.root(self.atom(), start)
-        elif token in FUNCTIONS:
-            while self.tokens[self.at] in ("[", "_", "^"):
-                self.index()
-            self.atom()
-            value = self.name(start)
-        elif re.fullmatch(r"[A-Za-zΩμ]|\\[A-Za-z]+", token):
-            if self.tokens[self.at] == "_":
-                self.index()
-            value = self.name(start)
+def climb(tokens: list[str], level: int = 1) -> int:
+    """The value of the tokens at the end of the list, the next one last, up to an operator below this level."""
+    token = tokens.pop()
+    if token in ("(", "{"):
+        value = climb(tokens)
+        if tokens.pop() != {"(": ")", "{": "}"}[token]:
+            raise ValueError("not closed")
+    elif token in ("+", "-"):
+        value = climb(tokens, 3) * int(token + "1")
+    elif token == "\\frac":
+        value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
+    elif token == "\\sqrt":
+        value = root(climb(tokens, 4) % P)
+    elif re.match(r"\\(?:sqrt|sin|cos|tan|log|ln)", token):
+        value = named(token, climb(tokens, 4) % P)
+    elif re.match(r"[A-Za-zΩμ]|\\[A-Za-z]", token):
+        value = named(token)
+    else:
+        number = sum(map(Fraction, token.split()), Fraction())  # 1 3/4
+        value = number.numerator * pow(number.denominator, -1, P)
+    if tokens[-1] == "^" and level < 4:
+        tokens.pop()
+        sign = tokens.pop() if tokens[-1] == "-" else "+"
+        exponent = rational(int(sign + "1") * climb(tokens, 4))
+        if exponent == Fraction(1, 2):
+            value = root(value % P)
+        elif exponent.denominator == 1 and abs(exponent) < 10**6 and (value % P or exponent > 0):
+            value = pow(value, int(exponent), P)
         else:
-            raise ValueError(token)
-        self.depth -= 1
-        return value % P
+            value = named("power", value % P, exponent)
+    while (precedence := 1 if tokens[-1] in ("+", "-") else 2 * bool(FACTOR.match(tokens[-1]))) >= level:
+        operator = tokens.pop() if tokens[-1] in ("*", "/") else ""
+        right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
+        value = value + right if precedence == 1 else value * (pow(right, -1, P) if operator == "/" else right)
+    return value % P
 
 
 # ------------------------------------------------------------------------------------------------- Answers
-Quantity = namedtuple("Quantity", "value unit text radicand roots_below")
-Group = namedtuple("Group", "brackets items")  # no brackets: a list; of a relation its signs
+Quantity = namedtuple("Quantity", "value text unit marks")  # marks: % and ?
+Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: of names; of a relation its signs
 Named = namedtuple("Named", "name answer")
 OPENING, CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
 RELATIONS = ("=", "\\approx", "\\in", "<", ">", "\\le", "\\ge", "\\ne")
-FUNCTIONS = tuple(r"\sqrt \sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \log \ln \lg \exp".split())
+NAME = re.compile(r"(?!.*\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ]+")
+UNIT = re.compile(r'(?:"[A-Za-zΩμ]+\??|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$?]|\^\{?-?\d\}?)*')
+LITERAL = re.compile(
+    r"-?(?:(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|(?:\d*\.?\d+\*)?10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
+BELOW = re.compile(rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
 CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple lakh crore mln "
     "half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared cubed factorial time plus am "
     "minus over divided less mod power root inverse repeating percentage binary not than because since maybe pm "
     "perhaps probably wrong incorrect".split())
-UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+\??|[%°$€£₹¢])(?:[A-Za-zΩμ/.*]|\^\{?-?\d\}?)*)*')
-LITERAL = re.compile(
-    r"-?(?:\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|(?:\d+ )?\d+/\d+|\d*\\frac\{\d+\}\{\d+\}|"
-    r"(?:\d*\.?\d+\*)?10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
-
-
-def split(tokens: list[str], separators) -> tuple[list[list[str]], list[str]]:
-    """The parts between the separators that stand outside all brackets, and these separators."""
-    parts, found, depth = [[]], [], 0
-    for token in [*tokens, None]:
-        depth += (token in OPENING) - (token in CLOSING)
-        if depth < 0 or token is None and (depth or not all(parts)):
-            raise ValueError("brackets, or an empty part")
-        if depth == 0 and token in separators:
-            parts.append([])
-            found.append(token)
-        elif token:
-            parts[-1].append(token)
-    return parts, found
 
 
 def spelled(tokens: list[str]) -> str:
     return "".join(tokens).replace('"', " ").replace("?", "").strip()
 
 
-def read(tokens: list[str], depth: int = 0):
+def split(tokens: list[str], separators: tuple) -> list[list[str]]:
+    """The parts between separators outside all brackets, and these; [] if a part is empty, or a bracket is alone."""
+    parts, depth = [[]], 0
+    for token in tokens:
+        depth += (token in OPENING) - (token in CLOSING)
+        if depth < 0:
+            return []
+        if depth or token not in separators:
+            parts[-1].append(token)
+        else:
+            parts += [token], []
+    return parts if depth == 0 and all(parts) else []
+
+
+def read(tokens: list[str]):
     """A Group, Named or Quantity, or else the text of the tokens."""
+    parts = split(tokens, (",",))
+    if len(parts) == 1 and tokens.count("\\pm") == 1:
+        before, after = (tokens[:tokens.index("\\pm")], tokens[tokens.index("\\pm") + 1:])
+        return listed("", [[*before, "+", *after], [*before, "-", *after]])
+    if len(parts) > 1:
+        return listed("", parts[::2])
+    if len(sides := split(tokens, RELATIONS)) > 1:
+        return related(sides)
+    inside = split(tokens[1:-1], (",",)) if parts and tokens[0] in OPENING else []
+    if inside and (len(inside) > 1 or tokens[0] in ("[", "\\{")):
+        return listed(tokens[0][-1] + tokens[-1][-1], inside[::2])
+    if inside:
+        return read(inside[0])
+    rest = [";", *reversed(tokens)]
     try:
-        if depth > MAX_DEPTH:
-            raise ValueError("too deep")
-        return read_group(tokens, depth + 1) or read_relation(tokens, depth + 1) or read_quantity(tokens)
-    except ValueError:
+        value = climb(rest)
+    except (ValueError, ArithmeticError):
         return spelled(tokens)
+    unit, number = "".join(rest[:0:-1]), tokens[:len(tokens) - len(rest) + 1]
+    if unit and not UNIT.fullmatch(unit):
+        return spelled(tokens)
+    words = sorted(re.findall(r"[A-Za-zΩμ]+|[°$€£₹¢/]|\d", unit))
+    return Quantity(value, spelled(number), words, re.sub("[^%?]", "", unit))
 
 
-def read_group(tokens: list[str], depth: int) -> Group | Named | None:
-    """What has items: by commas, brackets, or a plus-minus."""
-    (parts, commas), brackets = split(tokens, (",",)), ""
-    if not commas and tokens.count("\\pm") == 1:
-        at = tokens.index("\\pm")
-        parts = [[*tokens[:at], sign, *tokens[at + 1:]] for sign in "+-"]
-    elif not commas:
-        try:
-            parts, commas = split(tokens[1:-1], (",",))
-        except ValueError:  # (1 + 2)(3 + 4)
-            return None
-        if tokens[0] not in OPENING or tokens[-1] not in CLOSING:
-            return None
-        if not commas and tokens[0] in ("(", "{"):
-            return read(parts[0], depth)
-        brackets = tokens[0][-1] + tokens[-1][-1]
-    items = [read(part, depth) for part in parts]
+def listed(brackets: str, parts: list[list[str]]) -> Group:
+    items = [read(part) for part in parts]
     names = {item.name for item in items if isinstance(item, Named)}
     if len(names) == 1:  # x = 1 or x = 2
-        items = [item.answer if isinstance(item, Named) else item for item in items]
-    elif names and not brackets:
-        return Group(",", items)
-    nested = [item.items if isinstance(item, Group) and not item.brackets else [item] for item in items]
-    return Group(brackets, [item for items in nested for item in items])
+        items = [getattr(item, "answer", item) for item in items]
+    nested = [item.items if getattr(item, "brackets", None) == "" else [item] for item in items]
+    return Group("," if len(names) > 1 and not brackets else brackets, [item for items in nested for item in items])
 
 
-def read_relation(tokens: list[str], depth: int):
+def related(sides: list[list[str]]):
     """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
-    parts, signs = split(tokens, RELATIONS)
-    if not signs:
-        return None
-    sides, text = [read(part, depth) for part in parts], spelled(parts[0])
-    name = re.sub(r"_(\{[^{}]*\}|\w)|(?<=[A-Za-z])\([^()]*\)", "", text)
-    named = re.fullmatch(r"(?!.*\\(?:frac|sqrt|cdot))[A-Za-z\\{}|+,()' ]+", name)
-    named = named and signs[0] in ("=", "\\in", "\\approx") and not re.fullmatch("[A-Z]=[A-Z]", spelled(tokens))
-    value, *others = sides[1:] if named else sides
-    for sign, side in zip(signs[len(parts) - 1 - len(others):], others):
-        about = sign == "\\approx" and isinstance(value, Quantity) and re.search("[a-z/]", value.text)
-        if not about and (sign != "=" or not equal(value, side) or "%" in f"{value}{side}"):
-            return Group("".join(signs), sides)
-        value = value if about else side
-    if text[0] == "(" and isinstance(value, Group):
-        return Group(",", [Named(*pair) for pair in zip(text.strip("()").split(","), value.items)])
-    return Named(text, value) if named else value
-
-
-def read_quantity(tokens: list[str]) -> Quantity:
-    reader = Reader(tokens)
-    value, unit = reader.sum(), "".join(tokens[reader.at:])
-    if not UNIT.fullmatch(unit):
-        raise ValueError("no unit")
-    unit = sorted(re.findall(r"[A-Za-zΩμ]+|[^\w\".{}*]|\d", unit))
-    return Quantity(value, unit, spelled(tokens[:reader.at]), reader.radicand, reader.roots_below)
+    answers, name, text = [read(side) for side in sides[::2]], spelled(sides[0]), "".join(map(spelled, sides))
+    is_name = NAME.fullmatch(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", name))
+    named = int(bool(is_name) and sides[1][0] in RELATIONS[:3] and not re.fullmatch("[A-Z]=[A-Z]", text))
+    answer = answers[named]
+    for sign, side in zip(sides[2 * named + 1::2], answers[named + 1:]):
+        about = sign == ["\\approx"] and re.search(r"[a-z/]", getattr(answer, "text", ""))
+        if not about and (sign != ["="] or "%" in text or not equal(answer, side)):
+            return Group("".join(map(spelled, sides[1::2])), answers)
+        answer = answer if about else side
+    if name[0] == "(" and isinstance(answer, Group):
+        return Group(",", [Named(*pair) for pair in zip(name.strip("()").split(","), answer.items)])
+    return Named(name, answer) if named else answer
 
 
 # ------------------------------------------------------------------------------------------------ Verdicts
-OPTION = re.compile(
-    r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"  # E. coli, J. S. Mill
-    r"(?:(?i:option|choice) )?(?:[(\[<]([A-Ja-j])[)\]>]|([A-J])(?=$|[.:,;)]| [-(])|([a-j])(?=$|[.)]))(.*)")
+def equal(a, b, finished: bool = False) -> bool:
+    """Whether two answers are the same; finished: and a is worked out as far as b."""
+    if isinstance(a, Named) and isinstance(b, Named) and a.name != b.name:
+        return False
+    a, b = (getattr(x, "answer", x) for x in (a, b))
+    if type(a) is not type(b) or isinstance(a, str):
+        return a == b != ""
+    if isinstance(a, Quantity):
+        return same(a, b) and (not finished or worked_out(a, b))
+    brackets, rest = f"{a.brackets} {b.brackets}", list(b.items)
+    unordered = brackets in (" ", "{} ", "{} {}", ", ,")
+    alike = a.brackets == b.brackets or brackets in ("{} ", ", ", " ,", ", ()", "() ,")
+    alike |= len(rest) > 2 and brackets in ("[] ()", "() []")
+    for x in a.items if alike else ():
+        place = next((i for i, y in enumerate(rest) if equal(x, y, finished)), None)
+        if place is None or place > 0 and not unordered:
+            return False
+        del rest[place]
+    return alike and not rest
+
+
+def same(a: Quantity, b: Quantity) -> bool:
+    if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit} or "?" in b.marks):
+        return False
+    percent, percents = "%" in a.marks, "%" in b.marks
+    larger, smaller = (a, b) if percent else (b, a)
+    hundredth = percent != percents and (percents or rational(b.value).denominator > 1)
+    return a.value == b.value or hundredth and larger.value == smaller.value * 100 % P
+
+
+def work(text: str) -> tuple:
+    """What is left to work out: the operators, terms, the largest number under a root, roots in denominators."""
+    roots = re.findall(rf"\\sqrt(\w|\{{{INSIDE}\}})", text)
+    largest = max((math.prod(map(int, re.findall(r"\d+", inside))) for inside in roots), default=0)
+    operators = set(re.findall(r"[*/^(]", re.sub(r"\\sqrt(\w|\{[^{}]*\})\\sqrt", "*", text).replace("\\frac", "/")))
+    return operators, len(re.findall(r"(?<=[\w)}])[+-]", text)), largest, len(BELOW.findall(text))
+
+
+def worked_out(a: Quantity, b: Quantity) -> bool:
+    if literal := LITERAL.fullmatch(a.text):
+        return not any(literal.groups()) or rational(a.value).denominator > 1  # 12/2
+    symbols = [sorted(re.findall(r"[A-Za-z]|1\d+|[02-9]\d*", re.sub(r"\\[A-Za-z]+", "", x.text))) for x in (a, b)]
+    if LITERAL.fullmatch(b.text) or symbols[0] != symbols[1] and symbols[0][-1].isalpha():
+        return False
+    return all(x <= y for x, y in zip(work(a.text), work(b.text)))
+
+
+EPITHETS = r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"  # E. coli, J. S. Mill
+LETTER = r"(?:(?i:option|choice) )?(?:[(\[<]([A-Ja-j])[)\]>]|([A-J])(?=$|[.:,;)]| [-(])|([a-j])(?=$|[.)]))(.*)"
+OPTION = re.compile(EPITHETS + LETTER)
 OTHER_OPTION = re.compile(
     r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|^\W*[AI]\b(?! [a-z])|"
     r"[,/|&] ?[a-j]\b(?![=+*/^(-])|\ball (?:of )?the (?!above)")
@@ -369,90 +341,41 @@ def option(text: str) -> str | None:
     return found and ("" if OTHER_OPTION.search(found[4]) else (found[1] or found[2] or found[3]).upper())
 
 
-def equal(a, b, finished: bool = False) -> bool:
-    """Whether two answers are the same; finished: and a is worked out as far as b."""
-    if isinstance(a, Named) and isinstance(b, Named) and a.name != b.name:
-        return False
-    a, b = (x.answer if isinstance(x, Named) else x for x in (a, b))
-    if isinstance(a, Quantity) and isinstance(b, Quantity):
-        return same_quantity(a, b) and (not finished or worked_out(a, b))
-    if not isinstance(a, Group) or not isinstance(b, Group):
-        return a == b
-    brackets, rest = (a.brackets, b.brackets), list(b.items)
-    alike = brackets in (("{}", ""), (",", ""), ("", ","), (",", "()"), ("()", ","))
-    alike |= len(a.items) > 2 and brackets in (("[]", "()"), ("()", "[]"))
-    if len(a.items) != len(rest) or not (alike or a.brackets == b.brackets):
-        return False
-    for x in a.items:
-        places = [i for i, y in enumerate(rest) if equal(x, y, finished)]
-        if not places or places[0] > 0 and brackets not in ((",", ","), ("", ""), ("{}", "{}"), ("{}", "")):
-            return False
-        del rest[places[0]]
-    return True
+def texts(answer) -> list[str]:
+    """An answer or the items of a list as text, or what their marker holds; without those that cannot be read."""
+    answer = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
+    items = answer if isinstance(answer, (list, tuple)) else [answer]
+    readable = [x for x in items if isinstance(x, str) or isinstance(x, Number) and x == x and abs(x) < 10**999]
+    pairs = [(str(item).strip(), marked(str(item))) for item in readable]
+    return [text for whole, inside in pairs if (text := whole if inside is None else inside)]
 
 
-def same_quantity(a: Quantity, b: Quantity) -> bool:
-    unit, other = ([word for word in x.unit if word not in "%?"] for x in (a, b))
-    percent, percents = a.unit.count("%"), b.unit.count("%")
-    if unit != other and (unit and other or CHANGING & {*unit, *other} or "?" in b.unit) or max(percent, percents) > 1:
-        return False
-    larger, smaller = (a, b) if percent else (b, a)
-    hundredth = percents > percent or percent > percents and rational(b.value).denominator > 1
-    return a.value == b.value or hundredth and larger.value == smaller.value * 100 % P
+def is_equivalent(answer, reference, finished: bool = False) -> bool:
+    """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
+    return any(alike(text, other, finished) for text in texts(answer) for other in texts(reference))
 
 
-def worked_out(a: Quantity, b: Quantity) -> bool:
-    if literal := LITERAL.fullmatch(a.text):
-        return not (literal[1] or literal[2]) or rational(a.value).denominator > 1  # 12/2
-    operators, others = (re.findall(r"(?<=[\w})])[+-]|[*/^(]|\\frac|\}\\sqrt", x.text.replace("\\frac", "/")) for x in (a, b))
-    if LITERAL.fullmatch(b.text) or not {*operators} - {"+", "-"} <= {*others}:
-        return False
-    if re.search(r"[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi)", "", a.text)):
-        return sorted(a.text) == sorted(b.text)
-    sums = [sum(operator in "+-" for operator in x) for x in (operators, others)]
-    return sums[0] <= sums[1] and a.radicand <= b.radicand and a.roots_below <= b.roots_below
+def alike(text: str, other: str, finished: bool) -> bool:
+    letter = None if re.fullmatch("[a-z]", other) else option(other)
+    if letter:
+        return option(text) == letter
+    if max(len(text), len(other)) > MAX_LENGTH:
+        return text.split() == other.split()
+    return equal(parse(text), parse(other), finished)
 
 
 def parse(text: str):
-    tokens = [token for token in TOKEN.findall(normalize(text)) if token.strip()]
-    if len(tokens) > MAX_TOKENS or re.fullmatch(r"\d+[-–−]\d+", text):  # a range
-        return spelled(tokens)
-    return read(tokens)
-
-
-def texts(reference, depth: int = 0) -> list[str]:
-    """The texts any of which is the answer; none of what cannot be read."""
-    reference = reference.tolist() if hasattr(reference, "tolist") else reference  # numpy's
-    if isinstance(reference, (list, tuple)) and depth < MAX_DEPTH:
-        return [text for item in reference for text in texts(item, depth + 1)]
-    if not isinstance(reference, (str, Number)) or reference != reference:
-        return []
-    try:
-        text = str(reference).strip()
-    except ValueError:  # an integer of thousands of digits
-        return []
-    inside = marked(text)
-    return [text] if text and inside is None else [inside] if inside else []
-
-
-def is_equivalent(answer: str, reference, finished: bool = False) -> bool:
-    """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
-    for left in texts(answer):
-        for right in texts(reference):
-            letter = None if re.fullmatch("[a-z]", right) else option(right)
-            if letter or max(len(left), len(right)) > MAX_LENGTH:
-                same = option(left) == letter if letter else left.split() == right.split()
-            else:
-                same = equal(parse(left), parse(right), finished)
-            if same:
-                return True
-    return False
+    plain_range = re.fullmatch(r"\d+[-–−]\d+", text)
+    for pattern, replacement in RULES:
+        text = pattern.sub(replacement, text)
+    tokens = [token for token in TOKEN.findall(text) if token != " "]
+    return spelled(tokens) if plain_range or len(tokens) > MAX_TOKENS else read(tokens)
 
 
 def verify(response: str, reference) -> bool:
     """Whether the response's final answer is the reference, worked out. Never raises."""
-    answer = extract_answer(response) if isinstance(response, str) else None
-    return answer is not None and is_equivalent(answer, reference, True)
+    answer = marked(response) if isinstance(response, str) else None
+    return is_equivalent(answer or None, reference, True)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
@@ -462,6 +385,6 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
     """The reward as TRL calls it, of strings or messages; None, which TRL skips, if there is no reference."""
-    references = next(x for x in (answer, solution, ground_truth, [None] * len(completions)) if x is not None)
+    references = answer or solution or ground_truth or [None] * len(completions)
     responses = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
     return [float(verify(*pair)) if texts(pair[1]) else None for pair in zip(responses, references)]
