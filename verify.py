@@ -15,6 +15,7 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  8. A reference is text, a number, a bool, or a solution with a marker; of a list any item suffices. Nothing raises.
 """
 
+import itertools
 import math
 import random
 import re
@@ -46,7 +47,7 @@ def marked(text: str) -> str | None:
     *_, marker = None, *MARKER.finditer(text)
     if marker:
         content = CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
-        return (marker[1] or "") + content[content.lastindex].strip(" *\n") if content else ""
+        return (marker[1] or "") + content[content.lastindex].strip() if content else ""
     line = re.sub(SPECIAL_TOKENS, "", text[-MAX_LENGTH:]).rstrip().rsplit("\n", 1)[-1]
     answer = IN_WORDS.search(line.replace("**", "").strip())
     return answer and answer[1].strip()
@@ -61,24 +62,17 @@ def extract_answer(response: str) -> str | None:
 SYNONYMS = dict(pair.split(" ", 1) for pair in (
     r"\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,\cdot *,× *,"
     r"\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,π \pi ,√ \sqrt ,∞ \infty ,± \pm ,\degree °,\% %,\lbrace \{,"
+    r"½  1/2,⅓  1/3,⅔  2/3,¼  1/4,¾  3/4,⅕  1/5,⅙  1/6,⅛  1/8,² ^{2},³ ^{3},⁴ ^{4},⁵ ^{5},⁻ ^{-},¹ ^{1},⁰ ^{0},"
+    r"⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},‑ -,"
     r"\rbrace \},\varnothing \emptyset,∅ \emptyset,\dfrac \frac,\tfrac \frac,\cfrac \frac,\Omega Ω,"
     '"dollar $,\\$ $,"usd $,"cent ¢,"percent %,"degree °,"centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,'
     '"gram "g,"liter "L,"second "s,"minute "min,"hour "h,"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,'
-    '"per /,"th ,"st ,"nd ,"rd ,"hundred *10^2,"thousand *10^3,"million *10^6,"billion *10^9').split(","))
+    '"per /,"true "yes,"false "no,"th ,"st ,"nd ,"rd ,"hundred *10^2,"thousand *10^3,"million *10^6,"billion *10^9').split(","))
 UNITS = r"[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq"
-UNICODE = {"<super>": "^{%s}", "<fraction>": " %s "}
-
-
-def plain(match: re.Match) -> str:
-    """A character beyond ASCII in the notation of TeX: ² ½ １"""
-    form = UNICODE.get(unicodedata.decomposition(match[0]).split(" ")[0], "%s")
-    return SYNONYMS.get(match[0]) or form % unicodedata.normalize("NFKC", match[0])
-
-
 # In this order. From the second group on, a word has a quotation mark before it; the bare letter of "5 m" has '"m?'.
 RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     ('["\u200b-\u200f\u2060\ufeff]', " "),  # zero-width characters never join digits
-    (r"[^\x00-\x7f]", plain),
+    (r"[^\x00-\x7f]", lambda match: SYNONYMS.get(match[0]) or unicodedata.normalize("NFKC", match[0])),
     (r"\}\^\{", ""),  # of 10²³
     (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))", r"\\"),  # JSON's
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!", ""),
@@ -94,30 +88,30 @@ RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
     (r"\\[()\[\]]", ""),
     (r"(?<!\\)\$([^$]*)(?<!\\)\$", r" \1 "),  # $x$, but not $5
-    (r"\\?([$€£¥₹]) ?(-?[\d.,]*\d)(?![A-Za-z\d])", r"\2 \1"),  # $5 is 5 $, but $5B is not
+    (r"\\?([$€£¥₹]) ?(-?[\d.,]*\d)( ?[mbtr]+illion| thousand)?(?![A-Za-z\d])", r"\2\3 \1"),  # $5 is 5 $, but $5B is not
     (r"\^ ?\{? ?\\circ ?\}? ?", "°"),
     (r"\^ ?\{ ?\"?(th|st|nd|rd) ?\}", r"\1"),
     (r"_\{(\w)\}", r"_\1"),
     (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
+    (r"\^ ?(-?\d+)", r"^{\1}"),
     (r"\\[dtc]?frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\d.^_])(\d+) ?\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),
     (r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1"),
-    (r"\\(sqrt|ln|log|sin|cos|tan) ?\(([^()]*)\)", r"\\\1{\2}"),
+    (r"\\((?:sqrt|ln|log|sin|cos|tan)(?:_\w)?) ?\(([^()]*)\)", r"\\\1{\2}"),
     (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)(?![^()\[\]]*[)\]])(?!.*\\\})",
      lambda match: match[0].replace(",", "")),
     (r"^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))", ""),
+    (r"^(.*(?:\\frac|\\sqrt|\\pi|/).*)\\approx *-?[\d.]+ *$", r"\1"),  # 1/3 \approx 0.333
     (r"^\s*([*_'`]+)(.+)\1\s*$", r"\2"),
-    (r"^ *\"?(?:yes|Yes|true|True) *$", '"yes'),
-    (r"^ *\"?(?:no|No|false|False) *$", '"no'),
-    (r"(?<![\\A-Za-z\"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3})", '"'),
+    (r"(?<![\\A-Za-z\"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)", '"'),
     (rf"(?<=[\d)}}°%]) *(?=(?:{UNITS})(?![A-Za-z(^_]))", '"'),
-    (r"(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)", r'"\1?'),
+    (r"(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)", r'"\1'),
     (r'("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])', r"\1"),
-    (r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,})(?![A-Za-z])', lambda match: match[0].lower()),
+    (r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,}|No)(?![A-Za-z])', lambda match: match[0].lower()),
     (r'\\[A-Za-z]+|\\[%$]|"[a-z]+|[<>!]=', lambda match: SYNONYMS.get(match[0], match[0])),
     (r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$", "")]]
 NUMBERS = r" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+)"
-TOKEN = re.compile(rf'{NUMBERS}|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{{[^{{}}]*\}}))?|\\.|"[A-Za-zΩμ]+\??|\S')
+TOKEN = re.compile(rf'{NUMBERS}|\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{{[^{{}}]*\}}))?|\\.|"[A-Za-zΩμ]+|\S')
 
 
 # --------------------------------------------------------------------------------------------- Expressions
@@ -136,20 +130,19 @@ def rational(value: int) -> Fraction:
     return Fraction(b, t)
 
 
-def named(*names) -> int:
-    return random.Random(str(names)).randrange(P)
+def named(name: str) -> int:
+    return random.Random(name).randrange(P)
 
 
 def root(value: int) -> int:
     radicand, result = rational(value), pow(value, (P + 1) // 4, P)
-    rest = radicand.numerator * radicand.denominator
-    for prime in SMALL:
-        while rest > 0 and rest % prime**2 == 0:
-            rest //= prime**2
-    known = 0 < rest < 200**2 and (result * result - value) % P == 0  # a square of more could have the other root
-    return result if known else named("root", value)
+    n = radicand.numerator * radicand.denominator
+    if n > 0 and math.isqrt(n) ** 2 == n:
+        return math.isqrt(n) * pow(radicand.denominator, -1, P)
+    return result if 0 < n < 200**2 and result * result % P == value else named(f"root {value}")
 
 
+FUNCTION = re.compile(r"\\(?:sqrt|a?r?c?(?:sin|cos|tan|cot|sec|csc)|log|ln|lg|exp)")
 FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
 
@@ -158,31 +151,27 @@ def climb(tokens: list[str], level: int = 1) -> int:
     token = tokens.pop()
     if token in ("(", "{"):
         value = climb(tokens)
-        if tokens.pop() != {"(": ")", "{": "}"}[token]:
-            raise ValueError("not closed")
+        tokens.pop()
     elif token in ("+", "-"):
         value = climb(tokens, 3) * int(token + "1")
     elif token == "\\frac":
         value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
     elif token == "\\sqrt":
-        value = root(climb(tokens, 4) % P)
-    elif re.match(r"\\(?:sqrt|sin|cos|tan|log|ln)", token):
-        value = named(token, climb(tokens, 4) % P)
-    elif re.match(r"[A-Za-zΩμ]|\\[A-Za-z]", token):
+        value = root(climb(tokens, 4))
+    elif FUNCTION.match(token):
+        value = named(f"{token} {climb(tokens, 4)}")
+    elif FACTOR.match(token):
         value = named(token)
     else:
-        number = sum(map(Fraction, token.split()), Fraction())  # 1 3/4
-        value = number.numerator * pow(number.denominator, -1, P)
+        value = sum(map(Fraction, token.split()), Fraction())  # 1 3/4
+        value = value.numerator * pow(value.denominator, -1, P)
     if tokens[-1] == "^" and level < 4:
         tokens.pop()
-        sign = tokens.pop() if tokens[-1] == "-" else "+"
-        exponent = rational(int(sign + "1") * climb(tokens, 4))
-        if exponent == Fraction(1, 2):
-            value = root(value % P)
-        elif exponent.denominator == 1 and abs(exponent) < 10**6 and (value % P or exponent > 0):
-            value = pow(value, int(exponent), P)
+        exponent = rational(climb(tokens, 4))
+        if exponent.denominator > 1 or abs(exponent) > 10**6 or exponent <= 0 == value:
+            value = named(f"{value} ^ {exponent}")
         else:
-            value = named("power", value % P, exponent)
+            value = pow(value, int(exponent), P)
     while (precedence := 1 if tokens[-1] in ("+", "-") else 2 * bool(FACTOR.match(tokens[-1]))) >= level:
         operator = tokens.pop() if tokens[-1] in ("*", "/") else ""
         right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
@@ -191,15 +180,15 @@ def climb(tokens: list[str], level: int = 1) -> int:
 
 
 # ------------------------------------------------------------------------------------------------- Answers
-Quantity = namedtuple("Quantity", "value text unit marks")  # marks: % and ?
+Quantity = namedtuple("Quantity", "value text unit")
 Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: of names; of a relation its signs
 Named = namedtuple("Named", "name answer")
 OPENING, CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
 RELATIONS = ("=", "\\approx", "\\in", "<", ">", "\\le", "\\ge", "\\ne")
-NAME = re.compile(r"(?!.*\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ]+")
-UNIT = re.compile(r'(?:"[A-Za-zΩμ]+\??|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$?]|\^\{?-?\d\}?)*')
+NAME = re.compile(r"(?!.*\\(?:frac|sqrt|pi)|[A-Z]=[A-Z]$)[A-Za-z\\{}|+,()' ]+(?:=|\\in|\\approx)")
+UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$]|\^\{?-?\d\}?)*)?')
 LITERAL = re.compile(
-    r"-?(?:(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|(?:\d*\.?\d+\*)?10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
+    r"[-+]?(?:(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|(?:\d*\.?\d+\*)?10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
 BELOW = re.compile(rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
 CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple lakh crore mln "
@@ -209,7 +198,7 @@ CHANGING = set(  # after a number, these make another of it
 
 
 def spelled(tokens: list[str]) -> str:
-    return "".join(tokens).replace('"', " ").replace("?", "").strip()
+    return "".join(tokens).replace('"', " ").strip()
 
 
 def split(tokens: list[str], separators: tuple) -> list[list[str]]:
@@ -229,53 +218,47 @@ def split(tokens: list[str], separators: tuple) -> list[list[str]]:
 def read(tokens: list[str]):
     """A Group, Named or Quantity, or else the text of the tokens."""
     parts = split(tokens, (",",))
-    if len(parts) == 1 and tokens.count("\\pm") == 1:
-        before, after = (tokens[:tokens.index("\\pm")], tokens[tokens.index("\\pm") + 1:])
-        return listed("", [[*before, "+", *after], [*before, "-", *after]])
     if len(parts) > 1:
         return listed("", parts[::2])
     if len(sides := split(tokens, RELATIONS)) > 1:
         return related(sides)
     inside = split(tokens[1:-1], (",",)) if parts and tokens[0] in OPENING else []
-    if inside and (len(inside) > 1 or tokens[0] in ("[", "\\{")):
-        return listed(tokens[0][-1] + tokens[-1][-1], inside[::2])
-    if inside:
+    if len(inside) == 1 and tokens[0] in ("(", "{"):
         return read(inside[0])
+    if inside:
+        return listed(tokens[0][-1] + tokens[-1][-1], inside[::2])
+    if tokens.count("\\pm") == 1:
+        at = tokens.index("\\pm")
+        return listed("", [[*tokens[:at], sign, *tokens[at + 1:]] for sign in "+-"])
     rest = [";", *reversed(tokens)]
     try:
         value = climb(rest)
     except (ValueError, ArithmeticError):
         return spelled(tokens)
     unit, number = "".join(rest[:0:-1]), tokens[:len(tokens) - len(rest) + 1]
-    if unit and not UNIT.fullmatch(unit):
+    if not parts or not UNIT.fullmatch(unit):
         return spelled(tokens)
-    words = sorted(re.findall(r"[A-Za-zΩμ]+|[°$€£₹¢/]|\d", unit))
-    return Quantity(value, spelled(number), words, re.sub("[^%?]", "", unit))
+    return Quantity(value, spelled(number), sorted(re.findall(r"[A-Za-zΩμ]+|[°$€£₹¢/%]|\d", unit)))
 
 
 def listed(brackets: str, parts: list[list[str]]) -> Group:
     items = [read(part) for part in parts]
-    names = {item.name for item in items if isinstance(item, Named)}
+    names = {getattr(item, "name", "") for item in items} - {""}
     if len(names) == 1:  # x = 1 or x = 2
         items = [getattr(item, "answer", item) for item in items]
-    nested = [item.items if getattr(item, "brackets", None) == "" else [item] for item in items]
-    return Group("," if len(names) > 1 and not brackets else brackets, [item for items in nested for item in items])
+    brackets = brackets or "," * (len(names) > 1)
+    items = sum((item.items if getattr(item, "brackets", None) == "" else [item] for item in items), [])
+    return Group("[]" if brackets == "()" and len(items) > 2 else brackets, items)
 
 
 def related(sides: list[list[str]]):
     """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
-    answers, name, text = [read(side) for side in sides[::2]], spelled(sides[0]), "".join(map(spelled, sides))
-    is_name = NAME.fullmatch(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", name))
-    named = int(bool(is_name) and sides[1][0] in RELATIONS[:3] and not re.fullmatch("[A-Z]=[A-Z]", text))
-    answer = answers[named]
-    for sign, side in zip(sides[2 * named + 1::2], answers[named + 1:]):
-        about = sign == ["\\approx"] and re.search(r"[a-z/]", getattr(answer, "text", ""))
-        if not about and (sign != ["="] or "%" in text or not equal(answer, side)):
-            return Group("".join(map(spelled, sides[1::2])), answers)
-        answer = answer if about else side
-    if name[0] == "(" and isinstance(answer, Group):
-        return Group(",", [Named(*pair) for pair in zip(name.strip("()").split(","), answer.items)])
-    return Named(name, answer) if named else answer
+    answers, signs, text = [read(side) for side in sides[::2]], "".join(sum(sides[1::2], [])), spelled(sum(sides, []))
+    named = NAME.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))
+    values, equals = (answers[1:], "=" + signs[len(sides[1][0]):]) if named else (answers, signs)
+    if set(equals) != {"="} or "%" in text or not all(equal(value, values[0]) for value in values):
+        return Group(signs, answers)
+    return Named(spelled(sides[0]), values[-1]) if named else values[-1]
 
 
 # ------------------------------------------------------------------------------------------------ Verdicts
@@ -290,8 +273,7 @@ def equal(a, b, finished: bool = False) -> bool:
         return same(a, b) and (not finished or worked_out(a, b))
     brackets, rest = f"{a.brackets} {b.brackets}", list(b.items)
     unordered = brackets in (" ", "{} ", "{} {}", ", ,")
-    alike = a.brackets == b.brackets or brackets in ("{} ", ", ", " ,", ", ()", "() ,")
-    alike |= len(rest) > 2 and brackets in ("[] ()", "() []")
+    alike = a.brackets == b.brackets or brackets in ("{} ", ", ", " ,", ", ()", "() ,", ", []", "[] ,")
     for x in a.items if alike else ():
         place = next((i for i, y in enumerate(rest) if equal(x, y, finished)), None)
         if place is None or place > 0 and not unordered:
@@ -301,12 +283,11 @@ def equal(a, b, finished: bool = False) -> bool:
 
 
 def same(a: Quantity, b: Quantity) -> bool:
-    if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit} or "?" in b.marks):
+    if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit}):
         return False
-    percent, percents = "%" in a.marks, "%" in b.marks
-    larger, smaller = (a, b) if percent else (b, a)
-    hundredth = percent != percents and (percents or rational(b.value).denominator > 1)
-    return a.value == b.value or hundredth and larger.value == smaller.value * 100 % P
+    hundredth = a.unit != b.unit and ("%" in b.unit or rational(b.value).denominator > 1)
+    x, y = a.value * 100 ** ("%" in b.unit), b.value * 100 ** ("%" in a.unit)
+    return a.value == b.value or hundredth and x % P == y % P
 
 
 def work(text: str) -> tuple:
@@ -320,14 +301,14 @@ def work(text: str) -> tuple:
 def worked_out(a: Quantity, b: Quantity) -> bool:
     if literal := LITERAL.fullmatch(a.text):
         return not any(literal.groups()) or rational(a.value).denominator > 1  # 12/2
-    symbols = [sorted(re.findall(r"[A-Za-z]|1\d+|[02-9]\d*", re.sub(r"\\[A-Za-z]+", "", x.text))) for x in (a, b)]
-    if LITERAL.fullmatch(b.text) or symbols[0] != symbols[1] and symbols[0][-1].isalpha():
+    symbols, others = (sorted(re.sub(r"\\[A-Za-z]+|\W", "", x.text)) for x in (a, b))
+    if LITERAL.fullmatch(b.text) or symbols != others and symbols[-1].isalpha():
         return False
     return all(x <= y for x, y in zip(work(a.text), work(b.text)))
 
 
 EPITHETS = r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"  # E. coli, J. S. Mill
-LETTER = r"(?:(?i:option|choice) )?(?:[(\[<]([A-Ja-j])[)\]>]|([A-J])(?=$|[.:,;)]| [-(])|([a-j])(?=$|[.)]))(.*)"
+LETTER = r"(?:(?i:option|choice) )?(?:[(\[<](?=\w[)\]>])|(?=[A-J](?:$|[.:,;)]| [-(]))|(?=\w(?:$|[.)])))([A-Ja-j])(.*)"
 OPTION = re.compile(EPITHETS + LETTER)
 OTHER_OPTION = re.compile(
     r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|^\W*[AI]\b(?! [a-z])|"
@@ -338,44 +319,43 @@ def option(text: str) -> str | None:
     """The letter of the option that a text names, "" if it names others too; None if it names none."""
     text = re.sub(r"\\(?:text[a-z]*|math[a-z]+|boxed)|[{}$*~]|\\(?=[ :;,])|\b(?i:answer):", " ", text[:MAX_LENGTH])
     found = OPTION.fullmatch(" ".join(re.sub(r"\b(?:and|or)\b", ",", text).split()).replace("( ", "("))
-    return found and ("" if OTHER_OPTION.search(found[4]) else (found[1] or found[2] or found[3]).upper())
+    return found and ("" if OTHER_OPTION.search(found[2]) else found[1].upper())
 
 
 def texts(answer) -> list[str]:
     """An answer or the items of a list as text, or what their marker holds; without those that cannot be read."""
     answer = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
     items = answer if isinstance(answer, (list, tuple)) else [answer]
-    readable = [x for x in items if isinstance(x, str) or isinstance(x, Number) and x == x and abs(x) < 10**999]
-    pairs = [(str(item).strip(), marked(str(item))) for item in readable]
-    return [text for whole, inside in pairs if (text := whole if inside is None else inside)]
+    items = [x for x in items if isinstance(x, str) or isinstance(x, Number) and x == x and abs(x) < 10**999]
+    found = [(marked(str(item)), str(item).strip()) for item in items]
+    return [text for inside, whole in found if (text := whole if inside is None else inside)]
+
+
+def parse(text: str):
+    whole = text
+    for pattern, replacement in RULES:
+        text = pattern.sub(replacement, text)
+    tokens = [token for token in TOKEN.findall(text) if token != " "]
+    return spelled(tokens) if re.fullmatch(r"\d+[-–−]\d+", whole) or len(tokens) > MAX_TOKENS else read(tokens)
 
 
 def is_equivalent(answer, reference, finished: bool = False) -> bool:
     """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
-    return any(alike(text, other, finished) for text in texts(answer) for other in texts(reference))
-
-
-def alike(text: str, other: str, finished: bool) -> bool:
-    letter = None if re.fullmatch("[a-z]", other) else option(other)
-    if letter:
-        return option(text) == letter
-    if max(len(text), len(other)) > MAX_LENGTH:
-        return text.split() == other.split()
-    return equal(parse(text), parse(other), finished)
-
-
-def parse(text: str):
-    plain_range = re.fullmatch(r"\d+[-–−]\d+", text)
-    for pattern, replacement in RULES:
-        text = pattern.sub(replacement, text)
-    tokens = [token for token in TOKEN.findall(text) if token != " "]
-    return spelled(tokens) if plain_range or len(tokens) > MAX_TOKENS else read(tokens)
+    for text, other in itertools.product(texts(answer), texts(reference)):
+        if letter := None if re.fullmatch("[a-z]", other) else option(other):
+            same = option(text) == letter
+        elif max(len(text), len(other)) > MAX_LENGTH:
+            same = text.split() == other.split()
+        else:
+            same = equal(parse(text), parse(other), finished)
+        if same:
+            return True
+    return False
 
 
 def verify(response: str, reference) -> bool:
     """Whether the response's final answer is the reference, worked out. Never raises."""
-    answer = marked(response) if isinstance(response, str) else None
-    return is_equivalent(answer or None, reference, True)
+    return isinstance(response, str) and is_equivalent(marked(response) or [], reference, True)
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
