@@ -31,10 +31,10 @@ INSIDE = r"[^{}\\]"
 for _ in range(9):  # levels of braces
     INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{INSIDE}\}})*+"
 NUMERIC = r"[-+−]?(?:\\?[$€£₹])?[-+−]?[\d.][\d.,/]*+(?: ?(?:\\?%|[a-z]+))?"
-HASHES = rf"(?<!#)####(?!#)[ *]*+(?:{NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
-SIGN = r"(?:(?<![\d)\]}])(?<![\d)\]}] )([-−])\$?)?"  # -\boxed{5}
-MARKER = re.compile(rf"<answer>|{SIGN}\\(?:boxed|fbox)(?![A-Za-z])|boxed(?=\{{)|{HASHES}")
-CONTENT = re.compile(rf"<answer>(.*?)</answer>|[-−]?\$?\\?\w+\s*\{{({INSIDE})\}}|####(.*?)(?:[\n\r<]|\Z)", re.DOTALL)
+HASHES = rf"####(?<!#####)(?!#)[ *]*+(?:{NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
+MARKER = re.compile(rf"<answer>|\\boxed(?![a-z])|\\fbox(?![a-z])|boxed(?=\{{)|{HASHES}")
+CONTENT = re.compile(rf"<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####(.*?)(?:[\n\r<]|\Z)", re.DOTALL)
+SIGN = re.compile(r"(?<![\d)\]}])(?<![\d)\]}] )[-−]\$?\Z")  # -\boxed{5}
 SPECIAL_TOKENS = r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z"
 # A new clause must start here: what denies or doubts an answer stands before "the answer".
 CLAUSE = r"(?i)(?:^|[.!?:;,] )(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
@@ -46,8 +46,8 @@ def marked(text: str) -> str | None:
     text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     *_, marker = None, *MARKER.finditer(text)
     if marker:
-        content = CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
-        return (marker[1] or "") + content[content.lastindex].strip() if content else ""
+        sign, content = SIGN.search(text[:marker.start()][-9:]), CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
+        return "-" * bool(sign) + content[content.lastindex].strip() if content else ""
     line = re.sub(SPECIAL_TOKENS, "", text[-MAX_LENGTH:]).rstrip().rsplit("\n", 1)[-1]
     answer = IN_WORDS.search(line.replace("**", "").strip())
     return answer and answer[1].strip()
@@ -135,11 +135,12 @@ def named(name: str) -> int:
 
 
 def root(value: int) -> int:
-    radicand, result = rational(value), pow(value, (P + 1) // 4, P)
+    radicand = rational(value)
     n = radicand.numerator * radicand.denominator
     if n > 0 and math.isqrt(n) ** 2 == n:
         return math.isqrt(n) * pow(radicand.denominator, -1, P)
-    return result if 0 < n < 200**2 and result * result % P == value else named(f"root {value}")
+    result = pow(value, (P + 1) // 4, P) if 0 < n < 200**2 else 0  # a square of more could have the other root
+    return result if result * result % P == value else named(f"root {value}")
 
 
 FUNCTION = re.compile(r"\\(?:sqrt|a?r?c?(?:sin|cos|tan|cot|sec|csc)|log|ln|lg|exp)")
@@ -233,7 +234,7 @@ def read(tokens: list[str]):
     rest = [";", *reversed(tokens)]
     try:
         value = climb(rest)
-    except (ValueError, ArithmeticError):
+    except (ValueError, ArithmeticError, IndexError):
         return spelled(tokens)
     unit, number = "".join(rest[:0:-1]), tokens[:len(tokens) - len(rest) + 1]
     if not parts or not UNIT.fullmatch(unit):

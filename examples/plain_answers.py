@@ -1,0 +1,105 @@
+r"""A lenient verifier, for outputs that follow no format: to evaluate models, and as an example of a reward of one's own.
+
+    python icpo.py --reward examples.plain_answers:verify ...
+
+What verify.py accepts counts, and if there is a \boxed{}, <answer> or #### it alone decides. Otherwise, in this order:
+
+ 1. the last "answer is ..." or "answer: ..." that says something, up to the end of its clause;
+ 2. for an option A to J, a sentence such as "It is B", "So B is correct", or a first or last line "B" or "B) cells";
+ 3. the whole response, if it is one short line; else what the last sentence ends in, a number or an equation.
+
+A sentence that denies, doubts, supposes or asks says nothing. Of several answers, none counts.
+A policy that is trained on this learns to say "answer" more often than it knows one: train on verify.py if you can.
+"""
+
+import re
+
+from verify import MARKER, SPECIAL_TOKENS, is_equivalent, option, texts
+from verify import verify as strict
+
+BE = r"(?: is| was| equals| (?:should|must|would|will|seems to) be|(?: is)?:| seems)(?![\w'])"
+HEDGE = r"(?:[ :]*(?:therefore|thus|definitely|approximately|about|clearly|(?:most )?likely(?: to be)?|for sure|\.\.\.)\b,?)*"
+ANSWER = re.compile(rf"(?i)answer\s?(?:\([^()\n]*\))?{BE}{HEDGE}(?: (?:letter|option|choice))?[ :]*")
+HEADING = re.compile(r"(?i)^\W*(?:final )?answer:?\W*\n+", re.MULTILINE)
+CLAUSE_END = re.compile(
+    r"(?<!\bvs)[.!?](?=[\s$\"]|$)|\n|;|,? (?:because|since|as (?!well)|so that)\b|, (?:so|not|in|although|it|I|for)\b|"
+    r" \((?!or\b)[a-z]{2}| [-–—] |--|, (?=[a-z\"“][a-z]+)")
+DENIAL = re.compile(
+    r"(?i)\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|doubt|whether|if|suppose|assume|might|maybe|perhaps|"
+    r"either|except|unless|rules? out|unclear|any|but)\b|n't\b|n’t\b|\?")
+CHATTER = re.compile(
+    r"(?i)\s*(?:is there anything else[^.?!]*\?|do you have any other[^.?!]*\?|i hope (?:this|it|that)[^.?!]*[.!])\s*$")
+LETTER = re.compile(
+    r"(?i:answer|choice|option|it|so|hence|thus|therefore|choose|pick|found|think it)(?i: is|'s)?:? (?:in )?"
+    r"[\"'“(*$]*([A-J])[\"'”)*$]*(?=[.,;:]|$| (?:is|—|-|because|since)\b|$)")
+CORRECT = re.compile(r"(?:^|[ (])([A-J])\)? is (?:the )?(?:(?:correct|right|best)\b|answer)")
+VALUE = r"(?:\\?\$|[€£])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?"
+NUMBER = re.compile(
+    rf"(?:.*(?<![\w.,/:({{^+*×÷<>=≤≥-])(?<![-+*/×÷<>≤≥:] )(?<![\d,] )|)(-?{VALUE})"
+    r"(?:['°]|\s?[a-zA-Z][\w/^]*|\s?square|\s?cubic){0,6}$")
+ALTERNATIVES = re.compile(r"(?i)\b(?:or|and|to|between|than|log|root|minus|negative|of|x)\s*$|\d[;,]? (?:\w+ )?(?:or|and) ")
+
+
+def sentence_before(text: str, at: int) -> str:
+    return re.split(r"[.!?\n]\s", text[max(0, at - 300):at])[-1]
+
+
+def stated(text: str) -> str | None:
+    """What the last phrase with "answer" says that says something; "" if it is denied."""
+    for phrase in reversed([*ANSWER.finditer(text), *HEADING.finditer(text)]):
+        said = text[phrase.end():phrase.end() + 300].lstrip("\n *:")
+        clause = CLAUSE_END.split(said, maxsplit=1)[0].strip(" *\"'“”`")
+        if re.search(r"(?i)\b(?:wrong|incorrect)\s*$", text[:phrase.start()][-20:]):
+            return ""
+        if re.match(r"\W*$|(?:correct|right|consistent|unknown)\b", clause):
+            continue
+        asked = said[len(clause):].lstrip(" *")[:1] == "?"
+        return "" if asked or DENIAL.search(sentence_before(text, phrase.start())) else clause
+    return None
+
+
+def letter(text: str) -> str | None:
+    """The option that a text decides for, if it is one."""
+    said = stated(text)
+    if said is not None:
+        said = re.sub(r"^(?:I think it is|it is|it's) ", "", said)
+        named = re.fullmatch(r"[\w ]+ \(([A-J])\)", said)
+        return named[1] if named else option(re.sub(r"[\"'“”`]", "", said))
+    found = {x[1] for pattern in (LETTER, CORRECT) for x in pattern.finditer(text)
+             if not DENIAL.search(sentence_before(text, x.end()) + re.split(r"[.\n]", text[x.end():])[0])}
+    if found:
+        return found.pop() if len(found) == 1 else None
+    lines = [line.strip(" \"'“”") for line in (text.split("\n", 1)[0], text.rsplit("\n", 1)[-1])]
+    named = {option(line) for line in lines} - {None}
+    return named.pop() if len(named) == 1 and len(re.findall(r"(?m)^\W?[A-Ja-j][).:]", text)) < 2 else None
+
+
+def answer(text: str) -> str | None:
+    """What a text gives as its answer, if it is not an option."""
+    said = stated(text)
+    if said is not None:
+        return said and (re.sub(r"^.*?(?:, which is|\bis) (?=\S*\d)", "", said) or None)
+    last = text.rsplit("\n", 1)[-1].strip()
+    if last == text and len(last) < 60 and not re.search(r"\w{3,} \w+ \w+", last) and not re.search(r"\d-\d", last):
+        return last
+    last = re.split(r"[.!?] (?=[A-Z])", last.rstrip(" .*$`\"'"))[-1].replace("*", "").replace("`", "")
+    if DENIAL.search(last) or ALTERNATIVES.search(last):
+        return None
+    if re.search(r"[^<>]= *[^=]+$", last) and not re.search(r"[a-z]{3,} \d+ [a-z]{3,}", last):
+        return re.sub(r"^.*=", "", last.strip("$ "))
+    number = NUMBER.fullmatch(last)
+    if number is None or ALTERNATIVES.search(last[:number.start(1)]):
+        return None
+    return last[number.start(1):]
+
+
+def verify(response: str, reference) -> bool:
+    """Whether a response without a format gives the reference answer. Never raises."""
+    if not isinstance(response, str) or strict(response, reference):
+        return isinstance(response, str)
+    text = response.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
+    if MARKER.search(text):
+        return False
+    text = CHATTER.sub("", re.sub(SPECIAL_TOKENS, "", text[-2000:].replace("**", "")).strip()).strip()
+    options = {option(right) for right in texts(reference)} - {None, ""}
+    return is_equivalent(letter(text) if options else answer(text), reference, finished=True)
