@@ -59,70 +59,75 @@ def extract_answer(response: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ Notation
-SYNONYMS = dict(pair.split(" ", 1) for pair in (
-    r"\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,\cdot *,× *,"
-    r"\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,π \pi ,√ \sqrt ,∞ \infty ,± \pm ,\degree °,\% %,\lbrace \{,"
-    r"½  1/2,⅓  1/3,⅔  2/3,¼  1/4,¾  3/4,⅕  1/5,⅙  1/6,⅛  1/8,² ^{2},³ ^{3},⁴ ^{4},⁵ ^{5},⁻ ^{-},¹ ^{1},⁰ ^{0},"
-    r"⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},‑ -,"
-    r"\rbrace \},\varnothing \emptyset,∅ \emptyset,\dfrac \frac,\tfrac \frac,\cfrac \frac,\Omega Ω,"
-    '"dollar $,\\$ $,"usd $,"cent ¢,"percent %,"degree °,"centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,'
-    '"gram "g,"liter "L,"second "s,"minute "min,"hour "h,"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,'
-    '"per /,"true "yes,"false "no,"th ,"st ,"nd ,"rd ,"hundred *10^2,"thousand *10^3,"million *10^6,"billion *10^9').split(","))
-UNITS = r"[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq"
-# In this order. From the second group on, a word has a quotation mark before it; the bare letter of "5 m" has '"m?'.
-RULES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    ('["\u200b-\u200f\u2060\ufeff]', " "),  # zero-width characters never join digits
-    (r"[^\x00-\x7f]", lambda match: SYNONYMS.get(match[0]) or unicodedata.normalize("NFKC", match[0])),
-    (r"\}\^\{", ""),  # of 10²³
-    (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))", r"\\"),  # JSON's
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!", ""),
-    (r"\\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}", r"\1\2"),
-    (r"\b([ap])\.m\.?", r"\1m"),
-    (r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}",
-     lambda match: " " + re.sub(r"(?<![A-Za-z\\])(?=[A-Za-z])", '"', match[1]) + " "),
-    (r"\\begin\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?", "[["),
-    (r"(?:\\\\\s*)?\\end\{(?:[pb]matrix|array)\}", "]]"),
-    (r"\\\\", "],["),
-    (r"[&;]|\\cup(?![a-z])|\{,\}|,?\s*\"?\b(?:and|or)\b", ","),  # 1{,}000
-    (r"(?<=\d)\\,(?=\d{3}(?!\d))", ""),  # 12\,500
-    (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s", " "),
-    (r"\\[()\[\]]", ""),
-    (r"(?<!\\)\$([^$]*)(?<!\\)\$", r" \1 "),  # $x$, but not $5
-    (r"\\?([$€£¥₹]) ?(-?[\d.,]*\d)( ?[mbtr]+illion| thousand)?(?![A-Za-z\d])", r"\2\3 \1"),  # $5 is 5 $, but $5B is not
-    (r"\^ ?\{? ?\\circ ?\}? ?", "°"),
-    (r"\^ ?\{ ?\"?(th|st|nd|rd) ?\}", r"\1"),
-    (r"_\{(\w)\}", r"_\1"),
-    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", "*"),
-    (r"\^ ?(-?\d+)", r"^{\1}"),
-    (r"\\[dtc]?frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
-    (r"(?<![\d.^_])(\d+) ?\\[dtc]?frac\{(\d+)\}\{(\d+)\}", r"\1 \2/\3"),
-    (r"(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])", r"\\\1"),
-    (r"\\((?:sqrt|ln|log|sin|cos|tan)(?:_\w)?) ?\(([^()]*)\)", r"\\\1{\2}"),
-    (r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)(?![^()\[\]]*[)\]])(?!.*\\\})",
-     lambda match: match[0].replace(",", "")),
-    (r"^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))", ""),
-    (r"^(.*(?:\\frac|\\sqrt|\\pi|/).*)\\approx *-?[\d.]+ *$", r"\1"),  # 1/3 \approx 0.333
-    (r"^\s*([*_'`]+)(.+)\1\s*$", r"\2"),
-    (r"(?<![\\A-Za-z\"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)", '"'),
-    (rf"(?<=[\d)}}°%]) *(?=(?:{UNITS})(?![A-Za-z(^_]))", '"'),
-    (r"(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)", r'"\1'),
-    (r'("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])', r"\1"),
-    (r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,}|No)(?![A-Za-z])', lambda match: match[0].lower()),
-    (r'\\[A-Za-z]+|\\[%$]|"[a-z]+|[<>!]=', lambda match: SYNONYMS.get(match[0], match[0])),
-    (r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$", "")]]
+# A word has a quotation mark before it: "cm. The second of each pair replaces the first, at the beginning and at the end.
+SYNONYMS = dict(pair.split(" ", 1) for pair in r'''
+\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,∪ \cup,∅ \emptyset,
+\varnothing \emptyset,\cdot *,× *,\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,‑ -,π \pi ,√ \sqrt ,∞ \infty ,
+± \pm ,\degree °,\% %,\lbrace \{,\rbrace \},\dfrac \frac,\tfrac \frac,\cfrac \frac,\Omega "Ω,½  1/2,⅓  1/3,⅔  2/3,
+¼  1/4,¾  3/4,⅕  1/5,⅙  1/6,⅛  1/8,⁰ ^{0},¹ ^{1},² ^{2},³ ^{3},⁴ ^{4},⁵ ^{5},⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},⁻ ^{-},
+"dollar $,\$ $,"usd $,"cent ¢,"percent %,"degree °,"centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,"gram "g,
+"liter "L,"second "s,"minute "min,"hour "h,"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,"per /,"th ,
+"st ,"nd ,"rd ,"true "yes,"false "no,"hundred *10^{2},"thousand *10^{3},"million *10^{6},"billion *10^{9}
+'''.replace("\n", "").split(","))
+NAMED = re.compile(r'\\[A-Za-z]+|\\[%$]|"[A-Za-z]+|[<>!]=|[^\x00-\x7f]')
+# In this order: what is replaced, by what (␣ is a blank), and an example.
+RULES = [re.split(" {3,}", line)[:2] for line in r'''
+["\u200b-\u200f\u2060\ufeff]   ␣   zero-width characters never join digits
+\}\^\{   nothing   10²³
+(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
+\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!   nothing   \left(
+\\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}   \1\2   \mathrm{e}
+\b([ap])\.m\.?   \1m   9 p.m.
+\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{[ ~]*([A-Za-z]+)([^{}]*)\}   ␣"\1\2␣   \text{ cm}
+\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}   ␣\1␣   \text{(B)}
+\\begin\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?   [[   a matrix is a tuple of rows
+(?:\\\\\s*)?\\end\{(?:[pb]matrix|array)\}   ]]
+\\\\   ],[
+[&;]|\\cup(?![a-z])|\{,\}|,?\s*"?\b(?:and|or)\b   ,   1 or 2
+(?<=\d)\\,(?=\d{3}(?!\d))   nothing   12\,500
+\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s   ␣
+\\[()\[\]]   nothing   \(x\)
+(?<!\\)\$((?:\\.|[^$\\])*)\$   ␣\1␣   $x$
+\\?([$€£¥₹]) ?(-?[\d.,]*\d)( ?[mb]illion| thousand)?(?![A-Za-z\d])   \2\3␣\1   $5, but not $5B
+\^ ?\{? ?\\circ ?\}? ?   °   90^\circ
+\^ ?\{ ?"?(th|st|nd|rd) ?\}   \1   12^{th}
+_\{(\w)\}   _\1   x_{1}
+(?<=\d) ?[xX] ?(?=10 ?\^)   *   4.5 x 10^{33}
+\^ ?(-?\d+)   ^{\1}   2^10
+\\frac ?(\d) ?(\d)   \\frac{\1}{\2}   \frac12
+(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}   \1␣\2/\3   1\frac{3}{4}
+(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])   \\\1   sqrt(2)
+\\((?:sqrt|ln|log|sin|cos|tan)(?:_\w)?) ?\(([^()]*)\)   \\\1{\2}   \ln(2)
+(?<![\d.]\d{3}),(?=(?:\d{3},)*\d{3}(?![\d]|,\d)(?![^()\[\]]*[)\]])(?!.*\\\}))   nothing   1,234, but not (1,234)
+^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))   nothing   = 5
+^(.*(?:\\frac|\\sqrt|\\pi|/).*)\\approx *-?[\d.]+ *$   \1   1/3 \approx 0.333
+^\s*([*_'`]+)(.+)\1\s*$   \2   **18**
+((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)   \1+\2,\1-\2   2 \pm 1
+(?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)   "   words
+(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B))(?![A-Za-z(^_]))   "   5cm
+(?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq|[A-Z]{2}s)(?![A-Za-z(^_]))   "
+(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)   "\1   5 N
+("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])   \1   apples
+'''.strip().split("\n")]
+LOWER = re.compile(r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,}|No)')
+BLANKS = re.compile(r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$")
 NUMBERS = r" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+)"
 TOKEN = re.compile(rf'{NUMBERS}|\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{{[^{{}}]*\}}))?|\\.|"[A-Za-zΩμ]+|\S')
+
+
+def renamed(match):
+    name = match[0].lower() if LOWER.fullmatch(match[0]) else match[0]
+    return SYNONYMS.get(name, name)
 
 
 # --------------------------------------------------------------------------------------------- Expressions
 # Values are computed modulo a prime. All primes below 200 are squares modulo it, and x**((P + 1) / 4) is the square
 # root that respects products, so identities between roots hold; a name is a random number, so that no others do.
 # Fractions of up to 40 digits can be had back. Nothing grows, so no power or product takes long.
-SMALL = [n for n in range(2, 200) if all(n % d for d in range(2, n))]
-P = 57 * 4 * math.prod(SMALL) - 1
+P = 57 * 4 * math.prod(n for n in range(2, 200) if all(n % d for d in range(2, n))) - 1
 
 
-def rational(value: int) -> Fraction:
+def rational(value):
     """The fraction of least size with this value."""
     a, b, s, t = P, value % P, 0, 1
     while b * b > P:
@@ -130,11 +135,11 @@ def rational(value: int) -> Fraction:
     return Fraction(b, t)
 
 
-def named(name: str) -> int:
+def named(name):
     return random.Random(name).randrange(P)
 
 
-def root(value: int) -> int:
+def root(value):
     radicand = rational(value)
     n = radicand.numerator * radicand.denominator
     if n > 0 and math.isqrt(n) ** 2 == n:
@@ -147,7 +152,7 @@ FUNCTION = re.compile(r"\\(?:sqrt|a?r?c?(?:sin|cos|tan|cot|sec|csc)|log|ln|lg|ex
 FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
 
-def climb(tokens: list[str], level: int = 1) -> int:
+def climb(tokens, level=1):
     """The value of the tokens at the end of the list, the next one last, up to an operator below this level."""
     token = tokens.pop()
     if token in ("(", "{"):
@@ -157,10 +162,8 @@ def climb(tokens: list[str], level: int = 1) -> int:
         value = climb(tokens, 3) * int(token + "1")
     elif token == "\\frac":
         value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
-    elif token == "\\sqrt":
-        value = root(climb(tokens, 4))
     elif FUNCTION.match(token):
-        value = named(f"{token} {climb(tokens, 4)}")
+        value = root(climb(tokens, 4)) if token == "\\sqrt" else named(f"{token} {climb(tokens, 4)}")
     elif FACTOR.match(token):
         value = named(token)
     else:
@@ -198,11 +201,11 @@ CHANGING = set(  # after a number, these make another of it
     "perhaps probably wrong incorrect".split())
 
 
-def spelled(tokens: list[str]) -> str:
+def spelled(tokens):
     return "".join(tokens).replace('"', " ").strip()
 
 
-def split(tokens: list[str], separators: tuple) -> list[list[str]]:
+def split(tokens, separators):
     """The parts between separators outside all brackets, and these; [] if a part is empty, or a bracket is alone."""
     parts, depth = [[]], 0
     for token in tokens:
@@ -216,7 +219,7 @@ def split(tokens: list[str], separators: tuple) -> list[list[str]]:
     return parts if depth == 0 and all(parts) else []
 
 
-def read(tokens: list[str]):
+def read(tokens):
     """A Group, Named or Quantity, or else the text of the tokens."""
     parts = split(tokens, (",",))
     if len(parts) > 1:
@@ -228,9 +231,6 @@ def read(tokens: list[str]):
         return read(inside[0])
     if inside:
         return listed(tokens[0][-1] + tokens[-1][-1], inside[::2])
-    if tokens.count("\\pm") == 1:
-        at = tokens.index("\\pm")
-        return listed("", [[*tokens[:at], sign, *tokens[at + 1:]] for sign in "+-"])
     rest = [";", *reversed(tokens)]
     try:
         value = climb(rest)
@@ -242,7 +242,7 @@ def read(tokens: list[str]):
     return Quantity(value, spelled(number), sorted(re.findall(r"[A-Za-zΩμ]+|[°$€£₹¢/%]|\d", unit)))
 
 
-def listed(brackets: str, parts: list[list[str]]) -> Group:
+def listed(brackets, parts):
     items = [read(part) for part in parts]
     names = {getattr(item, "name", "") for item in items} - {""}
     if len(names) == 1:  # x = 1 or x = 2
@@ -252,7 +252,7 @@ def listed(brackets: str, parts: list[list[str]]) -> Group:
     return Group("[]" if brackets == "()" and len(items) > 2 else brackets, items)
 
 
-def related(sides: list[list[str]]):
+def related(sides):
     """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
     answers, signs, text = [read(side) for side in sides[::2]], "".join(sum(sides[1::2], [])), spelled(sum(sides, []))
     named = NAME.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))
@@ -263,7 +263,7 @@ def related(sides: list[list[str]]):
 
 
 # ------------------------------------------------------------------------------------------------ Verdicts
-def equal(a, b, finished: bool = False) -> bool:
+def equal(a, b, finished=False):
     """Whether two answers are the same; finished: and a is worked out as far as b."""
     if isinstance(a, Named) and isinstance(b, Named) and a.name != b.name:
         return False
@@ -272,18 +272,14 @@ def equal(a, b, finished: bool = False) -> bool:
         return a == b != ""
     if isinstance(a, Quantity):
         return same(a, b) and (not finished or worked_out(a, b))
-    brackets, rest = f"{a.brackets} {b.brackets}", list(b.items)
-    unordered = brackets in (" ", "{} ", "{} {}", ", ,")
+    brackets = f"{a.brackets} {b.brackets}"
+    order = (lambda items: sorted(items, key=str)) if brackets in (" ", "{} ", "{} {}", ", ,") else list
     alike = a.brackets == b.brackets or brackets in ("{} ", ", ", " ,", ", ()", "() ,", ", []", "[] ,")
-    for x in a.items if alike else ():
-        place = next((i for i, y in enumerate(rest) if equal(x, y, finished)), None)
-        if place is None or place > 0 and not unordered:
-            return False
-        del rest[place]
-    return alike and not rest
+    pairs = zip(order(a.items), order(b.items))
+    return alike and len(a.items) == len(b.items) and all(equal(*pair, finished) for pair in pairs)
 
 
-def same(a: Quantity, b: Quantity) -> bool:
+def same(a, b):
     if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit}):
         return False
     hundredth = a.unit != b.unit and ("%" in b.unit or rational(b.value).denominator > 1)
@@ -291,7 +287,7 @@ def same(a: Quantity, b: Quantity) -> bool:
     return a.value == b.value or hundredth and x % P == y % P
 
 
-def work(text: str) -> tuple:
+def work(text):
     """What is left to work out: the operators, terms, the largest number under a root, roots in denominators."""
     roots = re.findall(rf"\\sqrt(\w|\{{{INSIDE}\}})", text)
     largest = max((math.prod(map(int, re.findall(r"\d+", inside))) for inside in roots), default=0)
@@ -299,7 +295,7 @@ def work(text: str) -> tuple:
     return operators, len(re.findall(r"(?<=[\w)}])[+-]", text)), largest, len(BELOW.findall(text))
 
 
-def worked_out(a: Quantity, b: Quantity) -> bool:
+def worked_out(a, b):
     if literal := LITERAL.fullmatch(a.text):
         return not any(literal.groups()) or rational(a.value).denominator > 1  # 12/2
     symbols, others = (sorted(re.sub(r"\\[A-Za-z]+|\W", "", x.text)) for x in (a, b))
@@ -332,12 +328,14 @@ def texts(answer) -> list[str]:
     return [text for inside, whole in found if (text := whole if inside is None else inside)]
 
 
-def parse(text: str):
-    whole = text
+def parse(text):
+    """The answer that a text is."""
+    is_range = re.fullmatch(r"\d+[-–−]\d+", text)
+    text = unicodedata.normalize("NFKC", NAMED.sub(renamed, text))
     for pattern, replacement in RULES:
-        text = pattern.sub(replacement, text)
-    tokens = [token for token in TOKEN.findall(text) if token != " "]
-    return spelled(tokens) if re.fullmatch(r"\d+[-–−]\d+", whole) or len(tokens) > MAX_TOKENS else read(tokens)
+        text = re.sub(pattern, replacement.replace("nothing", "").replace("␣", " "), text)
+    tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)))
+    return spelled(tokens) if is_range or len(tokens) > MAX_TOKENS else read(tokens)
 
 
 def is_equivalent(answer, reference, finished: bool = False) -> bool:
