@@ -35,22 +35,22 @@ HASHES = rf"####(?<!#####)(?!#)[ *]*+(?:{NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|
 MARKER = re.compile(rf"<answer>|\\boxed(?![a-z])|\\fbox(?![a-z])|boxed(?=\{{)|{HASHES}")
 CONTENT = re.compile(rf"<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####(.*?)(?:[\n\r<]|\Z)", re.DOTALL)
 SIGN = re.compile(r"(?<![\d)\]}])(?<![\d)\]}] )[-−]\$?\Z")  # -\boxed{5}
-SPECIAL_TOKENS = r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z"
-# A new clause must start here: what denies or doubts an answer stands before "the answer".
-CLAUSE = r"(?i)(?:^|[.!?:;,] )(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
-IN_WORDS = re.compile(CLAUSE + r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;]|\.(?=[^\s$*]))+)[.$* ]*\Z")
+# What denies or doubts an answer stands before "the answer", so a clause must start there.
+CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
+REST = r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s$<]))+?)[.$]*"
+IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the end, but for special tokens
 
 
-def marked(text: str) -> str | None:
+def marked(text):
     """What the last marker holds, "" if it is empty or not closed; None if there is no marker."""
     text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     *_, marker = None, *MARKER.finditer(text)
-    if marker:
-        sign, content = SIGN.search(text[:marker.start()][-9:]), CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
-        return "-" * bool(sign) + content[content.lastindex].strip() if content else ""
-    line = re.sub(SPECIAL_TOKENS, "", text[-MAX_LENGTH:]).rstrip().rsplit("\n", 1)[-1]
-    answer = IN_WORDS.search(line.replace("**", "").strip())
-    return answer and answer[1].strip()
+    if marker is None:
+        answer = IN_WORDS.search(text[-MAX_LENGTH:].replace("**", ""))
+        return answer and answer[1].strip()
+    sign = SIGN.search(text[:marker.start()][-9:])
+    content = CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
+    return "-" * bool(sign) + content[content.lastindex].strip() if content else ""
 
 
 def extract_answer(response: str) -> str | None:
@@ -74,6 +74,7 @@ NAMED = re.compile(r'\\[A-Za-z]+|\\[%$]|"[A-Za-z]+|[<>!]=|[^\x00-\x7f]')
 RULES = [re.split(" {3,}", line)[:2] for line in r'''
 ["\u200b-\u200f\u2060\ufeff]   ␣   zero-width characters never join digits
 \}\^\{   nothing   10²³
+^(\d+)-(\d+)$   \1"to\2   2004-2008 is a range
 (?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
 \\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!   nothing   \left(
 \\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}   \1\2   \mathrm{e}
@@ -141,10 +142,8 @@ def named(name):
 
 def root(value):
     radicand = rational(value)
-    n = radicand.numerator * radicand.denominator
-    if n > 0 and math.isqrt(n) ** 2 == n:
-        return math.isqrt(n) * pow(radicand.denominator, -1, P)
-    result = pow(value, (P + 1) // 4, P) if 0 < n < 200**2 else 0  # a square of more could have the other root
+    size = radicand.numerator * radicand.denominator
+    result = pow(value, (P + 1) // 4, P) if 0 < size < 200**2 else 0  # a square of more could have the other root
     return result if result * result % P == value else named(f"root {value}")
 
 
@@ -273,10 +272,9 @@ def equal(a, b, finished=False):
     if isinstance(a, Quantity):
         return same(a, b) and (not finished or worked_out(a, b))
     brackets = f"{a.brackets} {b.brackets}"
-    order = (lambda items: sorted(items, key=str)) if brackets in (" ", "{} ", "{} {}", ", ,") else list
+    pairs = [sorted(x.items, key=str) if brackets in (" ", "{} ", "{} {}", ", ,") else x.items for x in (a, b)]
     alike = a.brackets == b.brackets or brackets in ("{} ", ", ", " ,", ", ()", "() ,", ", []", "[] ,")
-    pairs = zip(order(a.items), order(b.items))
-    return alike and len(a.items) == len(b.items) and all(equal(*pair, finished) for pair in pairs)
+    return alike and len(a.items) == len(b.items) and all(equal(x, y, finished) for x, y in zip(*pairs))
 
 
 def same(a, b):
@@ -319,35 +317,27 @@ def option(text: str) -> str | None:
     return found and ("" if OTHER_OPTION.search(found[2]) else found[1].upper())
 
 
-def texts(answer) -> list[str]:
+def texts(answer):
     """An answer or the items of a list as text, or what their marker holds; without those that cannot be read."""
-    answer = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
-    items = answer if isinstance(answer, (list, tuple)) else [answer]
+    items = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
+    items = items if isinstance(items, (list, tuple)) else [items]
     items = [x for x in items if isinstance(x, str) or isinstance(x, Number) and x == x and abs(x) < 10**999]
-    found = [(marked(str(item)), str(item).strip()) for item in items]
-    return [text for inside, whole in found if (text := whole if inside is None else inside)]
+    return [text for x in map(str, items) if (text := x.strip() if marked(x) is None else marked(x))]
 
 
 def parse(text):
-    """The answer that a text is."""
-    is_range = re.fullmatch(r"\d+[-–−]\d+", text)
     text = unicodedata.normalize("NFKC", NAMED.sub(renamed, text))
-    for pattern, replacement in RULES:
+    for pattern, replacement, *_ in RULES if len(text) <= MAX_LENGTH else ():
         text = re.sub(pattern, replacement.replace("nothing", "").replace("␣", " "), text)
     tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)))
-    return spelled(tokens) if is_range or len(tokens) > MAX_TOKENS else read(tokens)
+    return read(tokens) if len(tokens) <= MAX_TOKENS else spelled(tokens)
 
 
 def is_equivalent(answer, reference, finished: bool = False) -> bool:
     """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
     for text, other in itertools.product(texts(answer), texts(reference)):
-        if letter := None if re.fullmatch("[a-z]", other) else option(other):
-            same = option(text) == letter
-        elif max(len(text), len(other)) > MAX_LENGTH:
-            same = text.split() == other.split()
-        else:
-            same = equal(parse(text), parse(other), finished)
-        if same:
+        letter = None if "a" <= other < "k" else option(other)  # a lower-case letter is a name
+        if option(text) == letter if letter else equal(parse(text), parse(other), finished):
             return True
     return False
 

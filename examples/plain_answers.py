@@ -14,9 +14,10 @@ A policy that is trained on this learns to say "answer" more often than it knows
 
 import re
 
-from verify import MARKER, SPECIAL_TOKENS, is_equivalent, option, texts
+from verify import MARKER, is_equivalent, option, texts
 from verify import verify as strict
 
+SPECIAL_TOKENS = r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z"
 BE = r"(?: is| was| equals| (?:should|must|would|will|seems to) be|(?: is)?:| seems)(?![\w'])"
 HEDGE = r"(?:[ :]*(?:therefore|thus|definitely|approximately|about|clearly|(?:most )?likely(?: to be)?|for sure|\.\.\.)\b,?)*"
 ANSWER = re.compile(rf"(?i)answer\s?(?:\([^()\n]*\))?{BE}{HEDGE}(?: (?:letter|option|choice))?[ :]*")
