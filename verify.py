@@ -243,11 +243,10 @@ def read(tokens):
 
 def listed(brackets, parts):
     items = [read(part) for part in parts]
-    names = {getattr(item, "name", "") for item in items} - {""}
+    names = {item.name for item in items if isinstance(item, Named)}
     if len(names) == 1:  # x = 1 or x = 2
         items = [getattr(item, "answer", item) for item in items]
     brackets = brackets or "," * (len(names) > 1)
-    items = sum((item.items if getattr(item, "brackets", None) == "" else [item] for item in items), [])
     return Group("[]" if brackets == "()" and len(items) > 2 else brackets, items)
 
 
