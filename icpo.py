@@ -55,7 +55,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig,
+    AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig,
     PreTrainedTokenizerFast, logging, set_seed)
 
 # ------------------------------------------------------------------------------------------------- The method
@@ -439,7 +439,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     # 2. Verify.
     rewards, failed = score_responses(reward, responses, examples)
     require(optimizer.state or not failed.all(),
-            f"--reward {config.reward}: every call of the first step fails")
+            f"--reward {config.reward}: all calls of the first step failed")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
@@ -512,14 +512,16 @@ class Config:
 
 def check(config):
     """Raises UserError for settings that cannot work, before anything is loaded or written."""
-    positive = ("steps prompts_per_step max_new_tokens temperature inner_epochs micro_batch lr max_grad_norm "
-                "save_every eval_every eval_rows")
-    for name in positive.split():
-        require(getattr(config, name) > 0, f"--{name.replace('_', '-')}: must be above 0")
+    may_be_0 = "seed warmup_steps alpha clip_low clip_high kl_coef eval_samples"
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and name != "beta":
+            flag = "--" + name.replace("_", "-")
+            require(value > 0 or value == 0 and name in may_be_0, f"{flag} {value}: out of range")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
-    require(0 <= config.alpha < 0.5, "--alpha: must be in [0, 1/2), or wrong could outrank correct responses")
+    require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
     require(isfinite(config.beta), "--beta: must be finite")
-    require(config.model and config.train_data, "--model and --train-data need each other")
+    require(config.aggregation in ("token", "sequence"), "--aggregation: token or sequence")
+    require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
 
 
 # --------------------------------------------------------------------------------------------- Model and data
@@ -527,8 +529,7 @@ def check(config):
 # What transformers and its models raise when something is wrong with a model.
 FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
            SafetensorError)
-WEIGHTS = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf",
-           "*.onnx*")
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's folder, when it is saved again
 
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
@@ -556,17 +557,16 @@ def load_model(path, device, gradient_checkpointing=False):
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
     try:
-        folder = Path(path).expanduser().absolute()  # to be found again when the model is saved
+        folder = Path(path).absolute()  # to be found again when the model is saved
         if not folder.exists():
             require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
-            folder = snapshot_download(path, ignore_patterns=["consolidated*", *WEIGHTS[2:]])
+            folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
         config = AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
         config.return_dict, text_config.output_router_logits = True, False
-        # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split
-        as_it_stands = Path(folder, "tokenizer.json").exists()
-        tokenizer = (PreTrainedTokenizerFast if as_it_stands else AutoTokenizer).from_pretrained(folder)
-        require(tokenizer("1").input_ids, "no tokenizer in it")
+        require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
+        # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
@@ -611,8 +611,9 @@ def save_model(policy, eos_ids, target):
     config = AutoConfig.from_pretrained(source)
     policy.generation_config = GenerationConfig()  # some that can be loaded cannot be saved
     policy.to(config.dtype or config.get_text_config().dtype or torch.float32).save_pretrained(target)
-    ignored = shutil.ignore_patterns(*WEIGHTS, "checkpoint*", ".*")
-    shutil.copytree(source, target, ignore=ignored, dirs_exist_ok=True)
+    for path in (path for pattern in COPIED for path in Path(source).glob(pattern)):
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
     path = target / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos_ids}, indent=2))
 
@@ -652,7 +653,7 @@ def load_examples(path, tokenizer, config, context=None):
     context: tokens of a prompt and its response together, by default the model's.
     """
     examples, longest = [], (context or tokenizer.model_max_length) - config.max_new_tokens
-    for number, line in enumerate(Path(path).expanduser().read_bytes().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -666,7 +667,7 @@ def load_examples(path, tokenizer, config, context=None):
                 f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
         if 0 < len(ids) <= longest:
             examples.append(Example(prompt, answer, ids, opening))
-    print(f"{path}: {len(examples)} prompts of 1 to {longest} tokens")  # with the response, they fit the context
+    print(f"{path}: {len(examples)} prompts of up to {longest} tokens; others do not fit the context")
     require(examples, f"{path}: no usable line; a lower --max-new-tokens leaves more of the context")
     return examples
 
@@ -687,14 +688,15 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
         return responses, *score_responses(reward, responses, examples)
 
     greedy, rewards, failed = respond(1, temperature=0)
-    metrics, worst = {"eval/accuracy": rewards.mean().item()}, rewards.argmin()
+    metrics, worst, errors = {"eval/accuracy": rewards.mean().item()}, rewards.argmin(), failed.sum()
     if config.eval_samples:
         _, rewards, failed = respond(config.eval_samples, config.temperature)
+        errors += failed.sum()
         metrics["eval/mean_at_k"] = rewards.mean().item()
         metrics["eval/pass_at_k"] = rewards.amax(dim=1).mean().item()
     values = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
     tqdm.write(f"{values}: {examples[worst].prompt[-20:]!r} -> {greedy[worst][-40:]!r}")
-    return metrics | {"eval/errors": failed.sum().item()}
+    return metrics | {"eval/errors": errors.item()}
 
 
 def batch_indices(total, step, count, seed):
@@ -703,13 +705,6 @@ def batch_indices(total, step, count, seed):
     orders = [np.random.default_rng([seed, epoch]).permutation(total) for epoch in epochs]
     start = (step - 1) * count % total
     return np.concatenate(orders)[start:start + count].tolist()
-
-
-def append(path, rows):
-    """Adds rows to a JSON Lines file."""
-    # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def save_checkpoint(out, step, policy, optimizer):
@@ -740,9 +735,10 @@ def train(config):
     With config.resume it continues the run in that folder, with the settings of config.
     """
     check(config)
-    name = strftime(f"{Path(config.model).resolve().name}-%Y%m%d-%H%M%S")
+    require(config.model and config.train_data, "--model and --train-data need each other")
+    name = strftime(f"runs/{Path(config.model).absolute().name}-%Y%m%d-%H%M%S")
     # Absolute, since the reward function may change the working folder.
-    out = Path(config.resume or config.output_dir or f"runs/{name}").expanduser().absolute()
+    out = Path(config.resume or config.output_dir or name).absolute()
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
@@ -750,7 +746,9 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    held_out = held_out[:config.eval_rows]
+    rows = policy.get_input_embeddings().num_embeddings
+    require(max(max(example.ids) for example in examples + held_out) < rows,
+            f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
     out.mkdir(parents=True, exist_ok=True)
@@ -760,7 +758,7 @@ def train(config):
           f"{torch.get_num_threads()} threads; the first prompt, as the model gets it:\n"
           f"{tokenizer.decode(examples[0].ids)!r}")
 
-    P, steps = config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
+    metrics, P, steps = {}, config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
     try:
         for step in steps:
             metrics, samples = {"step": step}, []
@@ -779,14 +777,18 @@ def train(config):
                 if steps.disable:  # no terminal
                     print(f"{step}/{config.steps} {line}", flush=True)
             if held_out and (step % config.eval_every == 0 or step == config.steps):
-                metrics |= evaluate(policy, tokenizer, eos_ids, held_out, reward, config)
-            append(out / "metrics.jsonl", [metrics])
-            append(out / "samples.jsonl", [{"step": step} | row for row in samples[:config.group_size]])
+                metrics |= evaluate(policy, tokenizer, eos_ids, held_out[:config.eval_rows], reward, config)
+            samples = [{"step": step} | row for row in samples[:config.group_size]]  # the first group's
+            for log, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+                # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
+                with open(out / log, "a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             if step % config.save_every == 0 or step == config.steps:
                 save_checkpoint(out, step, policy, optimizer)
                 saved = step
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"--resume {out} continues after step {saved}")
+        raise KeyboardInterrupt(
+            f"--resume {out} continues after step {saved}" if saved >= 0 else "nothing is saved")
     save_model(policy, eos_ids, out / "model")
     print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
     return metrics
@@ -802,14 +804,16 @@ def parse(arguments):
     # A space keeps argparse from taking -1e1 for a flag, and float() does not mind it.
     given = vars(parser.parse_args([re.sub(r"^-(?=[\d.])", " -", argument) for argument in arguments]))
     saved = json.loads(Path(given["resume"], "config.json").read_text()) if "resume" in given else {}
-    return Config(**saved | given)
+    config = Config(**saved | given)
+    check(config)
+    return config
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(arguments)
-        if not config.model:
+        if not config.model and not config.train_data:
             from examples.addition import prepare
             config = parse(prepare(config.seed) + arguments)
         train(config)

@@ -1,8 +1,8 @@
 """The task that `python icpo.py` trains: sums by columns, for a tiny model whose teacher has a bad habit.
 
 The teacher writes half of the sums in his usual way, and then mostly forgets to carry; the other half in one
-of seven other ways, and then mostly carries. A Qwen2 of 0.2M parameters that has imitated him is sure where it
-errs, and its right answers are the less probable ones: ICPO's premise. With
+of seven other ways, and then mostly carries. A Qwen2 of 0.2M parameters that has imitated him is sure where
+it errs, and its right answers are the less probable ones: ICPO's premise. With
 
     python examples/addition.py --usual-error 0.05
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging, set_seed
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,11 @@ def demonstration(a: int, b: int, usual_error: float) -> str:
 
 
 def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 1800) -> list[str]:
-    """The flags of icpo.py that train the tiny model on its sums; both are made first, if they are not there."""
+    """The flags of icpo.py that train the tiny model on its sums; both are made first, if need be."""
     torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
     folder = ROOT / f"runs/task/{usual_error}-{imitation_steps}-{seed}"
     if not folder.exists():
+        print("first the tiny model imitates the teacher, for a minute or two", flush=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             write_task(Path(scratch) / "task", seed, usual_error, imitation_steps)
@@ -66,6 +67,7 @@ def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 180
 
 def write_task(folder: Path, seed: int, usual_error: float, imitation_steps: int):
     """Writes sums to the folder, and a tiny Qwen2 that has imitated the teacher."""
+    logging.disable_progress_bar()  # transformers' own, for files
     set_seed(seed)
     # A token is a byte.
     vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
@@ -102,7 +104,7 @@ if __name__ == "__main__":
     import icpo
     parser = argparse.ArgumentParser(description="The task of `python icpo.py`; other flags go to icpo.py.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--usual-error", type=float, default=0.95, help="of the usual way; of others, 1 less it")
+    parser.add_argument("--usual-error", type=float, default=0.95, help="of the usual way; of others: 1 - it")
     parser.add_argument("--imitation-steps", type=int, default=1800, help="steps of imitating the teacher")
     task, rest = parser.parse_known_args()
     sys.exit(icpo.main(prepare(**vars(task)) + [f"--seed={task.seed}", *rest]))

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,9 +19,10 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import icpo
-from examples.addition import write_task
 import plot
-from test_icpo import Keep, prefix_log_prob, rows_of, tiny, update_gradient
+from examples import addition
+from test_icpo import Keep, prefix_log_prob, update_gradient
+from tests.common import rows_of, tiny
 from verify import verify
 
 assert tiny  # a fixture: a saved model with a chat template
@@ -31,8 +33,8 @@ README = (FOLDER.parent / "README.md").read_text()
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_blocks_of_the_readme(block, sums, tmp_path, monkeypatch):
-    (tmp_path / "runs/addition").mkdir(parents=True)
-    (tmp_path / "runs/addition/task").symlink_to(sums)
+    monkeypatch.setattr(addition, "ROOT", tmp_path)
+    monkeypatch.setattr(addition, "write_task", lambda folder, *_: shutil.copytree(sums, folder))
     monkeypatch.chdir(tmp_path)
     for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
         pytest.importorskip(module)
@@ -124,10 +126,10 @@ assert not left, f"threads that may abort the exit: {left}"
 
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
-    """The built-in task, warmed up for long enough that responses differ."""
-    folder = tmp_path_factory.mktemp("sums") / "run"
-    write_task(folder, icpo.Config(task_warmup_steps=400, task_teacher_error=0.7, device="cpu"))
-    return folder / "task"
+    """The built-in task, imitated for long enough that responses differ."""
+    folder = tmp_path_factory.mktemp("sums") / "task"
+    addition.write_task(folder, seed=0, usual_error=0.7, imitation_steps=400)
+    return folder
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -138,14 +140,14 @@ def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, 
     launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--multi_gpu",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0] if processes > 1 else []
     command = [
-        sys.executable, *launch, tmp_path / "keeping.py", "--model", sums / "model", "--data", sums / "train.jsonl",
+        sys.executable, *launch, tmp_path / "keeping.py", "--model", sums / "addition", "--data", sums / "train.jsonl",
         "--output_dir", tmp_path, "--per_device_train_batch_size", 36 // processes, "--num_generations", 4,
         "--max_completion_length", 32, "--max_steps", 2, "--logging_steps", 1, "--learning_rate", 1e-3, "--use_cpu",
         "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER), "HF_HUB_OFFLINE": "1"}
     shown = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert shown.returncode == 0 and "icpo/preference_abs_mean" in shown.stdout, shown.stderr[-3000:]
-    model, tokenizer, _ = icpo.load_model(str(sums / "model"), "cpu")
+    model, tokenizer, _ = icpo.load_model(str(sums / "addition"), "cpu")
     rows, rewards, l = [], [], []
     for output in (torch.load(tmp_path / f"0-{rank}.pt") for rank in range(processes)):
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")

@@ -10,7 +10,7 @@ import statistics
 import sys
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM
 
 from benchmark import HALF_B, ROOT, SAMPLING, SMALL, SMOLLM2, Clock, autocast
 from tables import markdown
@@ -24,7 +24,10 @@ CLOCK = Clock("cpu" if TINY else "cuda")
 NAME = "CPU" if TINY else torch.cuda.get_device_name()
 QWEN_1_5B = HALF_B | dict(
     hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12)
+# As in icpo.load_model
 torch.backends.cuda.enable_cudnn_sdp(False)
+AttentionInterface.register("grouped", icpo.grouped_attention)
+AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
 
 
 def make(shape: dict, P: int):
@@ -32,7 +35,7 @@ def make(shape: dict, P: int):
     with torch.device(CLOCK.device):
         model = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True, eos_token_id=None,
                                              bos_token_id=None, pad_token_id=0)).eval()
-    model.set_attn_implementation("grouped")  # as icpo.load_model does
+    model.set_attn_implementation("grouped")
     return model, [[3 + i] * (9 + i) for i in range(P)]
 
 

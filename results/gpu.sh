@@ -15,13 +15,13 @@ export work python WHEELS TQDM_DISABLE=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM
 export PYTHONPATH="$work/wheels:$PWD:${PYTHONPATH:-}"
 
 device=cuda task=() times=() bench=(--settings gpu --steps 2) model=runs/smollm2
-from="^# -* Sampling and scoring" to="^# -* Whole runs"
-mapfile -t tests < <(sed -n "/$from/,/$to/s/^def \(test_\w*\).*/test_icpo.py::\1/p" test_icpo.py)
+# What runs a model: from sampling on
+mapfile -t tests < <(sed -n '/^# -.* [Ss]ampling/,$ s/^def \(test_\w*\).*/test_icpo.py::\1/p' test_icpo.py)
 if [ -n "${TINY:-}" ]; then
     export OMP_NUM_THREADS=1
-    device=cpu tests=("${tests[@]:2:1}") bench=(--settings short --steps 1) model=$work/builtin/task/model
+    device=cpu tests=("${tests[@]:2:1}") bench=(--settings short --steps 1) model=runs/task/0.95-5-0/addition
     times=(--steps 1 --eval-rows 2 --prompts-per-step 2 --max-new-tokens 4)
-    task=("${times[@]}" --task-warmup-steps 5 --eval-samples 2)
+    task=("${times[@]}" --imitation-steps 5 --eval-samples 2)
 fi
 
 part() {  # NAME SECONDS COMMAND...
@@ -47,7 +47,7 @@ versions() {
     $python - "$1" <<'PYTHON'
 import importlib.metadata, sys, torch
 print(sys.version.split()[0], "torch", torch.__version__, "GPU:", torch.cuda.is_available())
-for name in ("transformers", "numpy", "tqdm", "filelock", "pytest", "trl"):
+for name in ("transformers", "numpy", "tqdm", "pytest", "trl"):
     try:
         print(name, importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
@@ -61,14 +61,18 @@ tests() {
         echo "pytest is not installed: give its wheels in WHEELS, or its folder in PYTHONPATH"
         exit 77
     fi
+    if (( $# == 1 )); then
+        echo "test_icpo.py has no section on sampling"
+        exit 1
+    fi
     export ICPO_TEST_DEVICE=$1
     $python -m pytest -q -p no:cacheprovider "${@:2}"
 }
 
-run() {  # FOLDER FLAG...: icpo.py into the folder, the last row of its metrics, and the seconds that it took
+run() {  # SCRIPT FOLDER FLAG...: a run into the folder, the last row of its metrics, and the seconds that it took
     TIMEFORMAT="%0R s in all"
-    time $python icpo.py --output-dir "$@" || exit
-    tail -n 1 "$1/metrics.jsonl"
+    time $python "$1" --output-dir "${@:2}" || exit
+    tail -n 1 "$2/metrics.jsonl"
 }
 
 times_tables() {  # as in the README
@@ -76,7 +80,7 @@ times_tables() {  # as in the README
         echo "no $1: results/real_model.py --weights writes it"
         exit 77
     fi
-    run "$work/times" --model "$1" --steps 60 --prompts-per-step 8 --max-new-tokens 24 --lr 1e-5 \
+    run icpo.py "$work/times" --model "$1" --steps 60 --prompts-per-step 8 --max-new-tokens 24 --lr 1e-5 \
         --train-data examples/times_tables/train.jsonl --eval-data examples/times_tables/test.jsonl \
         --eval-samples 4 "${@:2}"
 }
@@ -84,7 +88,7 @@ export -f versions tests run times_tables
 
 part versions 25 bash -c 'versions "$@"' - $device
 part tests 60 bash -c 'tests "$@"' - $device "${tests[@]}"
-part builtin 100 bash -c 'run "$@"' - "$work/builtin" --device $device "${task[@]}"
+part builtin 100 bash -c 'run "$@"' - examples/addition.py "$work/builtin" --device $device "${task[@]}"
 part benchmark 120 $python results/benchmark.py --device $device --output "$OUT/benchmark.json" "${bench[@]}"
 part sampling 75 $python results/gpu.py sampling
 part memory 45 $python results/gpu.py memory

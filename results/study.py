@@ -35,10 +35,11 @@ import icpo
 from examples.addition import write_task
 from tables import by_seed, compared, difference, interval, level, markdown, minus_grpo, side
 
-REGIMES = {
-    "holds": dict(task_usual_error=0.95),  # the usual way is wrong: what is less probable is right
-    "fails": dict(task_usual_error=0.05),  # the usual way is right
+REGIMES = {  # how often the teacher's usual way is wrong
+    "holds": 0.95,  # what is less probable is right
+    "fails": 0.05,
 }
+IMITATION_STEPS = 1800
 NOISES = {0.0: "clean", 0.2: "20% flipped", 0.35: "35% flipped"}  # the training rewards
 CELLS = {f"{regime}, {name}": dict(regime=regime, noise=noise)
          for regime in REGIMES for noise, name in NOISES.items()}
@@ -97,9 +98,8 @@ def warm_start(job: tuple[str, int]) -> None:
     folder = WARM_STARTS / f"{regime}-{seed}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=WARM_STARTS) as scratch:
-            config = icpo.Config(seed=seed, device="cpu", **REGIMES[regime])
-            quietly(write_task, Path(scratch) / "run", config)
-            os.rename(Path(scratch) / "run" / "task", folder)
+            quietly(write_task, Path(scratch) / "task", seed, REGIMES[regime], IMITATION_STEPS)
+            os.rename(Path(scratch) / "task", folder)
 
 
 def variety(samples: list[dict], group_size: int) -> dict:
@@ -116,7 +116,7 @@ def train(noise: float = 0.0, chosen: bool = False, **settings) -> list[dict]:
     """The rows of metrics.jsonl of a run that leaves nothing else, with its variety and its shift of A.
 
     noise: the probability that the update gets 1 - R for a reward R of the verifier. What is correct is still
-    told by the verifier's rewards; spread, uniform groups and agreement are of those trained on.
+    told by the verifier's rewards; uniform groups and agreement are of those trained on.
     chosen: GRPO for ten steps, then with the sign of beta that their mean agreement names.
     shift: mean |A - A of GRPO| over the groups that are not uniform, both from the rewards trained on.
     """
@@ -140,7 +140,7 @@ def train(noise: float = 0.0, chosen: bool = False, **settings) -> list[dict]:
     def noisy_metrics(rollout, rewards, *rest):
         noisy = own_metrics(rollout, trained_on, *rest)
         agreements.append(noisy["preference/agreement"])
-        names = ("reward/std", "groups/uniform_frac", "preference/agreement")
+        names = ("groups/uniform_frac", "preference/agreement")
         return own_metrics(rollout, rewards, *rest) | {name: noisy[name] for name in names} | {"shift": shift}
 
     def measured_step(*args):
@@ -168,7 +168,7 @@ def run(job: dict) -> dict:
     """One run: the job, and what the log keeps of it."""
     task = WARM_STARTS / f"{job['regime']}-{job['seed']}"
     rows = train(
-        job["noise"], model=str(task / "model"), train_data=str(task / "train.jsonl"),
+        job["noise"], model=str(task / "addition"), train_data=str(task / "train.jsonl"),
         eval_data=str(task / "eval.jsonl"), eval_every=STEPS, eval_rows=96, device="cpu", seed=job["seed"],
         steps=STEPS, max_new_tokens=32, micro_batch=128, lr=1e-4, **job["settings"])
     return job | kept(rows, CURVES)

@@ -1,4 +1,4 @@
-"""More tests of verify.py: the verdicts beside, generated answers, hostile ones, GSM8K's. Run: python -m pytest -q
+"""Tests of verify.py: the verdicts beside, generated answers, hostile ones, GSM8K's. Run: python -m pytest -q
 
 verdicts.json holds answers by category. Those in one list are equal; of others only the pairs in "also", in that
 order; and what stands in "never" equals nothing.
@@ -21,11 +21,8 @@ from pathlib import Path
 
 import pytest
 
-RESULTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(RESULTS.parent)]
-
-from test_icpo import rows_of
 import verify as module
+from tests.common import ROOT, rows_of
 from verify import compute_score, extract_answer, is_equivalent, reward_func, verify
 
 EXTRACTED = r"""
@@ -83,7 +80,7 @@ def test_strict_extraction_stops_before_letter_phrase_and_number():
     assert extract_answer("") is None and extract_answer("x" * 1000 + " 5 " + "y" * 1000) == "5"
 
 
-VERDICTS = json.loads((RESULTS / "verdicts.json").read_text())
+VERDICTS = json.loads(Path(__file__).with_name("verdicts.json").read_text())
 
 
 @pytest.mark.parametrize("category", VERDICTS)
@@ -223,7 +220,7 @@ def test_adapters():
 
 
 def test_verify_works_copied_alone(tmp_path):
-    shutil.copy(RESULTS.parent / "verify.py", tmp_path)
+    shutil.copy(ROOT / "verify.py", tmp_path)
     command = [sys.executable, "-S", "-c", "from verify import verify; print(verify('so 0.75', '3/4'), verify('7', '8'))"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "True False\n"
 
@@ -360,3 +357,13 @@ def test_gsm8k_references(name):
         final = answer.split("####")[1].strip()
         assert verify(answer, answer) and verify(f"so \\boxed{{{final}}}.", answer) and verify(answer, final)
         assert verify(answers[i - 1], answer) == (numbers[i - 1] == numbers[i])
+
+
+@pytest.mark.parametrize("a, b, equal", [
+    ("0.75", r"\frac{3}{4}", True), ("75%", "3/4", True), ("1.5e3", "1,500", True), ("x = 5", "5", True),
+    (r"2\sqrt{3}", r"\sqrt{12}", True), (r"2 \cdot 8 = 16", "16", True), (r"\{1, 2\}", r"\{2,1\}", True),
+    ("(1, 2)", "(1,2.0)", True), ("(1, 2)", "(2, 1)", False), ("1 or 2", "1", False), ("0.333", "1/3", False),
+    (r"2 \cdot 8 = 15", "15", False), (r"\pi", "3.14", False), ("12,34", "1234", False),
+    ("72057594037927937", "72057594037927936", False)])
+def test_equivalence_is_exact(a, b, equal):
+    assert is_equivalent(a, b) is is_equivalent(b, a) is equal

@@ -1,0 +1,459 @@
+"""Whole runs of icpo.py, faults, and what people bring: offline, on tiny models. SLOW=1 kills more runs."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import processors
+from transformers.utils.logging import warning_once
+
+import icpo
+from examples import addition
+from icpo import Config
+from tests.common import PLAIN, ROOT, by_letters, rows_of, saved, tiny, tiny_run, write_jsonl
+from verify import verify
+
+REWARD = ("--reward", "tests.common:by_letters")
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def run(*flags):
+    return icpo.main([str(flag) for flag in flags])
+
+
+def in_a_process(*flags, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, flags)], cwd=cwd, capture_output=True, text=True)
+
+
+def error_of(capfd, *flags):
+    """The one line that a run in vain shows."""
+    assert run(*flags) == 2
+    error = capfd.readouterr().err.split("icpo.py: error: ")[1].strip()
+    assert "\n" not in error
+    return error
+
+
+def learning_run(model, out, *flags):
+    """The flags of a run whose weights move in every step, with a checkpoint of each."""
+    return tiny_run(
+        model, out, "--eval-data", model / "one.jsonl", "--lr", 1e-2, "--steps", 4, "--save-every", 1,
+        "--eval-every", 2, "--kl-coef", 0.1, "--prompts-per-step", 2, *REWARD, *flags)
+
+
+def result_of(out):
+    """All that a run leaves: its step, weights, optimizer and logs, and the saved model."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    tensors = torch.utils._pytree.tree_leaves([state["policy"], state["optimizer"]])
+    numbers = [torch.as_tensor(x).tolist() for x in tensors if x is not None]
+    files = [(out / name).read_bytes() for name in (*LOGS, "model/model.safetensors")]
+    return state["step"], numbers, files
+
+
+# -------------------------------------------------------------------------- A run has a folder, and continues
+
+def test_a_run_has_a_folder_of_its_own_that_is_new_or_empty(tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(icpo, "strftime", lambda name: name.replace("%Y%m%d-%H%M%S", "20260102-030405"))
+    Path("mine").mkdir()
+    for out in ("", "mine"):
+        assert run(*tiny_run(tiny, out, *REWARD)) == 0
+    assert os.listdir("runs") == [f"{tiny.name}-20260102-030405"] and Path("mine/config.json").exists()
+    monkeypatch.setattr(icpo, "load_model", lambda *args: pytest.fail("a model was loaded"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for out in ("", "mine"):
+        assert "is not empty" in error_of(capfd, *tiny_run(tiny, out, *REWARD))
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_of_two_runs_that_begin_at_once_one_gets_a_line(tiny, tmp_path, monkeypatch, capfd):
+    def other_run(*args):
+        monkeypatch.undo()
+        assert run(*learning_run(tiny, out)) == 0
+        finished.append(result_of(out))
+        return icpo.load_examples(*args)
+
+    out, finished = tmp_path / "run", []
+    monkeypatch.setattr(icpo, "load_examples", other_run)
+    error = error_of(capfd, *learning_run(tiny, out))
+    assert str(out) in error and "xists" in error and [result_of(out)] == finished
+
+
+def test_resumed_runs_keep_their_settings_take_those_given_and_end_as_unbroken_ones(tiny, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(*learning_run(tiny, whole)) == run(*learning_run(tiny, broken, "--steps", 2)) == 0
+    for log in LOGS:
+        with open(broken / log, "ab") as file:
+            file.write(b'{"step": 3}\n{"st')  # a step of which there is no checkpoint, and half of a line
+    for _ in range(2):  # the second time there is nothing left to do
+        assert run("--resume", broken, "--steps", 4) == 0
+        assert result_of(broken) == result_of(whole)
+    rows = rows_of(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4] and rows[4]["kl/ref"] > 0
+    kept, expected = (json.loads((out / "config.json").read_text()) for out in (broken, whole))
+    assert kept == expected | {"resume": str(broken), "output_dir": str(broken)}
+
+
+def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(tiny, tmp_path):
+    def start(out):
+        resumed.append((out / "checkpoint.pt").exists())
+        if not resumed[-1]:
+            shutil.rmtree(out, ignore_errors=True)
+        flags = ["--resume", out] if resumed[-1] else learning_run(tiny, out, "--steps", 8)
+        process = context.Process(target=run, args=flags)
+        process.start()
+        return process
+
+    resumed, out, whole, chance, kills = [], tmp_path / "run", tmp_path / "whole", random.Random(0), 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["icpo", "tests.test_run"])  # spares each process the import of torch
+    for folder in (tmp_path / "first", whole):  # the first time the server still imports torch
+        begin = time.perf_counter()
+        start(folder).join()
+        seconds = time.perf_counter() - begin
+    while kills < (20 if "SLOW" in os.environ else 4):
+        process = start(out)
+        process.join(chance.uniform(0.2, 1) * seconds)  # while it reads, evaluates, trains or saves
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it had come to its end: begin another
+            assert result_of(out) == result_of(whole)
+            shutil.rmtree(out)
+            seconds *= 0.8  # the machine is faster than when the time was taken
+    start(out).join()
+    assert result_of(out) == result_of(whole) and any(resumed)
+
+
+@pytest.mark.parametrize("calls, told", [
+    (9 + 2 * 16 + 8, "--resume {} continues after step 2"), (2, "stopped")])
+def test_ctrl_c_is_a_line_that_names_the_folder_to_resume(tiny, tmp_path, monkeypatch, capfd, calls, told):
+    def reward(response, reference):
+        made.append(response)
+        if len(made) == calls:  # in step 3, or in the first evaluation
+            raise KeyboardInterrupt
+        return by_letters(response, reference)
+
+    made, out, flags = [], tmp_path / "run", ["--eval-every", 4, "--save-every", 2]
+    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
+    assert run(*learning_run(tiny, out, *flags)) == 130
+    line = capfd.readouterr().err.strip().split("\n")[-1]
+    assert line.startswith("icpo.py: stopped") and told.format(out) in line and "step -1" not in line
+    if calls > 2:  # else there is nothing to resume
+        assert run("--resume", out) == run(*learning_run(tiny, tmp_path / "whole", *flags)) == 0
+        assert result_of(out) == result_of(tmp_path / "whole")
+
+
+def test_a_checkpoint_cut_short_leaves_the_one_before(tiny, tmp_path, monkeypatch):
+    def cut(state, path):
+        whole(state, path)
+        if state["step"] == 3:
+            os.truncate(path, 999)
+            raise KeyboardInterrupt
+
+    whole = torch.save
+    monkeypatch.setattr(torch, "save", cut)
+    assert run(*learning_run(tiny, tmp_path / "run")) == 130
+    monkeypatch.undo()
+    assert run("--resume", tmp_path / "run") == run(*learning_run(tiny, tmp_path / "whole")) == 0
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
+    responses = []
+    for seed in (0, 1):
+        flags = ["--steps", 2, "--seed", seed, "--lr", 1e-30, "--prompts-per-step", 1, *REWARD]
+        assert run(*tiny_run(tiny, tmp_path / str(seed), *flags)) == 0
+        rows = [row["response"] for row in rows_of(tmp_path / str(seed) / "samples.jsonl")]
+        responses += [tuple(rows[:8]), tuple(rows[8:])]
+    assert len(set(responses)) == 4
+
+
+def test_values_of_numpy_train_are_written_and_resume(tiny, tmp_path):
+    config = Config(
+        model=str(tiny), train_data=str(tiny / "one.jsonl"), output_dir=str(tmp_path / "run"), device="cpu",
+        reward=REWARD[1], steps=np.int64(1), max_new_tokens=np.arange(9)[4], lr=np.float32(0.25),
+        beta=np.logspace(0, 2, 3)[1], keep_uniform_groups=np.bool_(True))
+    assert icpo.train(config)["step"] == 1
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    assert (written["lr"], written["beta"], written["keep_uniform_groups"]) == (0.25, 10.0, True)
+    assert run("--resume", tmp_path / "run", "--steps", 2) == 0
+    assert [row["step"] for row in rows_of(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+
+
+def test_every_example_once_an_epoch():
+    taken = [i for step in range(1, 16) for i in icpo.batch_indices(10, step, 4, seed=0)]
+    epochs = [taken[start:start + 10] for start in range(0, 60, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 6
+    assert icpo.batch_indices(10, 1, 10, seed=1) != epochs[0]
+
+
+def test_evaluation_equals_loops(tiny, capsys):
+    def reward(text, reference):
+        seen.append((text, reference, by_letters(text, reference)))
+        return seen[-1][2]
+
+    model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
+    examples, seen = [icpo.Example("", n, [n + 1] * (n + 1)) for n in range(5)], []
+    config = Config(prompts_per_step=2, group_size=3, eval_samples=3, max_new_tokens=5, seed=3)
+    metrics = icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config)
+    texts, references, rewards = zip(*seen)
+    assert references == (0, 1, 2, 3, 4, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4)
+    greedy, sampled = rewards[:5], rewards[5:]
+    assert metrics == pytest.approx({
+        "eval/accuracy": sum(greedy) / 5, "eval/mean_at_k": sum(sampled) / 15, "eval/errors": 0,
+        "eval/pass_at_k": sum(max(sampled[start:start + 3]) for start in range(0, 15, 3)) / 5})
+    assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(set(greedy)) > 1
+    assert f"-> {texts[greedy.index(min(greedy))][-40:]!r}" in capsys.readouterr().out  # the worst is shown
+    generated = model.generate(torch.tensor([[5] * 5]), do_sample=False, max_new_tokens=5)[0, 5:]
+    assert texts[4] == tokenizer.decode(generated, skip_special_tokens=True)
+    assert icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config) == metrics
+    failing = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda *args: None, config)
+    assert set(failing.values()) == {0, 20} and failing["eval/errors"] == 20
+
+
+# --------------------------------------------------------------------------- The command line, and its errors
+
+def test_help_without_docstrings_explains_every_flag_with_its_default():
+    shown = in_a_process("-OO", icpo.__file__, "--help")
+    text = re.sub(r"\s+", " ", shown.stdout)
+    for name, field in Config.__dataclass_fields__.items():
+        flag = f" --{name.replace('_', '-')}"
+        told = re.search(flag + r"( [A-Z_]+)? ([a-zA-Z][^-].{9,}?) \(default: (.*?)\)", text)
+        assert told and told[3] == repr(field.default), (name, shown.stderr)
+
+
+def test_importing_icpo_registers_nothing_and_sets_nothing():
+    script = """
+import signal, sys, torch, transformers
+def state():
+    interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
+    return ([signal.getsignal(number) for number in signal.valid_signals()], *map(sorted, interfaces),
+            sys.path[:], torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled(),
+            torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+            transformers.logging.is_progress_bar_enabled(), sys.excepthook)
+before = state()
+import icpo
+sys.exit(before != state())"""
+    assert in_a_process("-c", script).returncode == 0
+
+
+def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_path):
+    (tmp_path / "verify.py").write_text("def verify(response, reference): return len(response) % 4 / 4")
+    flags = ["--eval-data", tiny / "one.jsonl", "--eval-every", 2, "--steps", 6, "--beta", "-1e1"]
+    flags = tiny_run(tiny, "own", *flags, "--reward", "verify:verify")
+    shown = in_a_process(icpo.__file__, *flags, cwd=tmp_path)
+    assert shown.returncode == 0 and not re.search(r"[\r|%]", shown.stdout + shown.stderr), shown.stderr
+    lines = shown.stdout.splitlines()
+    assert [line[:4] for line in lines if line[1:4] == "/6 "] == [f"{n}/6 " for n in range(1, 7)]
+    assert sum(line.startswith("accuracy ") for line in lines) == 4 and len(lines) <= 6 + 4 + 7
+    assert repr("[user]1[assistant]") in lines  # the first prompt, as the model gets it
+    rows = rows_of(tmp_path / "own/samples.jsonl")
+    assert [row["reward"] for row in rows] == [len(row["response"]) % 4 / 4 for row in rows]
+    assert json.loads((tmp_path / "own/config.json").read_text())["beta"] == -10
+    assert in_a_process(icpo.__file__, *tiny_run(tiny, "ours"), cwd=tmp_path).returncode == 0
+    assert {row["reward"] for row in rows_of(tmp_path / "ours/samples.jsonl")} == {0}
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "--alpha: must be below 1/2"),
+    ("--beta nan", "--beta: must be finite"), ("--lr nan", "--lr nan: out of range"), ("--seed -1", "--seed"),
+    ("--aggregation mean", "--aggregation"), ("--train-data=", "need each other"), ("--model=", "each other"),
+    ("--output-dir .", "not empty"), ("--resume absent", "No such file or directory: 'absent/config.json'"),
+    ("--max-new-tokens 500", "no usable line"), ("--chat-template-kwargs {", "JSONDecodeError"),
+    ("--reward nowhere:f", "No module named 'nowhere'"), ("--reward verify:nothing", "nothing"),
+    ("--train-data .", "Is a directory"), ("--eval-data absent", "No such file or directory: 'absent'"),
+    ("--train-data data.jsonl", "no usable line"), ("--model models/typo", "--model models/typo: "),
+    ("--model a/b/c", "a/b/c: no such folder"), ("--model data.jsonl", "no LoRA adapter, no file"),
+    pytest.param("--device cuda", "--device", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
+def test_bad_flags_get_one_line_and_write_nothing(tiny, tmp_path, monkeypatch, capfd, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(addition, "prepare", lambda seed: pytest.fail("a task for the user's data"))
+    Path("data.jsonl").write_text("")
+    assert message in error_of(capfd, *tiny_run(tiny, "new", *flags.split()))
+    assert os.listdir() == ["data.jsonl"]
+
+
+GOOD = '{"prompt": "1+1=", "answer": "2"}'
+TEMPLATES = {
+    "no prompt": "leaves out the prompt", "{{ messages[1].content }}": "or --system-prompt",
+    "{{ raise_exception('No system role') }}": "No system role", "{% if %}": "TemplateSyntaxError",
+    "{{ 1 / 0 }}": "ZeroDivisionError", "{{ messages[9].content }}": "", "{{ messages.no() }}": ""}
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("data.jsonl", f"{GOOD}\n\n{{oops\n", "data.jsonl, line 3: JSONDecodeError"),
+    ("data.jsonl", f'{GOOD}\r\n{{"prompt": "1", "reply": "1"}}', "line 2: KeyError('answer')"),
+    ("data.jsonl", f"[{GOOD}]", "line 1: TypeError"), ("data.jsonl", f"{GOOD}\né", "UnicodeDecodeError"),
+    ("data.jsonl", '{"prompt": 1, "answer": 1}', "line 1: "), ("data.jsonl", "\n", "no usable line"),
+    ("data.jsonl", '{"prompt": "", "answer": null}', "no answer"),
+    ("data.jsonl", '{"prompt": "\\ud800", "answer": "1"}', "line 1: "),
+    ("reward.py", "def f(", "SyntaxError"), ("reward.py", "import sys\nsys.exit()", "SystemExit"),
+    *(("model/chat_template.jinja", text, message) for text, message in TEMPLATES.items()),
+    ("model/config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
+    ("model/config.json", "{}", "Unrecognized model"), ("model/config.json", None, "no LoRA adapter"),
+    ("model/config.json", "{", "--model model: "), ("model/model.safetensors", "{", "--model model: "),
+    ("model/tokenizer.json", "{", "--model model: "), ("model/tokenizer.json", None, "no tokenizer")])
+def test_bad_files_get_one_line_and_write_nothing(tiny, tmp_path, monkeypatch, capfd, name, text, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, "model")
+    Path("data.jsonl").write_text(f"\ufeff{GOOD}", encoding="utf-8")  # a byte order mark is fine
+    if text is None:
+        Path(name).unlink()
+    else:
+        Path(name).write_bytes(text.encode("latin-1"))
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--train-data", "data.jsonl", "--system-prompt", "S"]
+    flags += ["--reward", "reward:f"] * (name == "reward.py")
+    assert message in error_of(capfd, *tiny_run(Path("model"), "new", *flags))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, torch.OutOfMemoryError])
+def test_our_own_errors_are_tracebacks_but_no_memory_is_a_line(tiny, tmp_path, monkeypatch, capfd, error):
+    def fails(*args):
+        raise error("ours")
+
+    monkeypatch.setattr(icpo, "rollout_metrics", fails)
+    if error is torch.OutOfMemoryError:
+        assert "ours: lower --micro-batch" in error_of(capfd, *tiny_run(tiny, tmp_path / "run", *REWARD))
+    else:
+        with pytest.raises(error, match="ours"):
+            run(*tiny_run(tiny, tmp_path / "run", *REWARD))
+
+
+def test_checkpoints_that_are_missing_damaged_or_of_another_model_are_told(tiny, tmp_path, capfd):
+    out, path = tmp_path / "run", tmp_path / "run/checkpoint.pt"
+    assert run(*tiny_run(tiny, out, *REWARD)) == 0
+    other = path.with_name("other")
+    torch.save(torch.load(path) | {"policy": {}}, other)
+    for content in (other.read_bytes(), path.read_bytes()[:999], None):
+        path.unlink()
+        if content:
+            path.write_bytes(content)
+        assert f"no checkpoint of this model in {out}, or a damaged one" in error_of(capfd, "--resume", out)
+    assert len(rows_of(out / "metrics.jsonl")) == 2
+
+
+# ------------------------------------------------------------------------------------- Prompts and responses
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def texts(tokenizer, responses, opening="", truncated=False):
+    """What the reward gets of these responses to a prompt that ends with `opening`."""
+    cut = torch.full((len(responses),), truncated)
+    rollout = SimpleNamespace(lengths=cut, truncated=cut, responses=lambda: responses)
+    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)])
+
+
+def test_prompts_go_through_the_chat_template_and_references_stay_as_they_are(tiny, tmp_path):
+    _, tokenizer, _ = icpo.load_model(str(tiny), "cpu")
+    values = [72, 0.5, True, [12, 13], {"target": 5, "numbers": [2, None]}, "so\n#### 18"]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"q": "2+2 is 4", "a": value} for value in values])
+    data.write_text("\n \n" + data.read_text())  # blank lines are passed over, and prompts without room
+    keys = dict(prompt_key="q", answer_key="a", max_new_tokens=9)
+    config = Config(system_prompt="S", prompt_suffix="!", **keys)
+    examples = icpo.load_examples(data, tokenizer, config)
+    decoded = {tokenizer.decode(example.ids) for example in examples}
+    assert decoded == {"[system]S[user]2+2 is 4![assistant]"}
+    assert [example.reference for example in examples] == values
+    config = Config(system_prompt="S:", no_chat_template=True, **keys)
+    write_jsonl(data, [{"q": "x" * n, "a": 1} for n in (256 - 9 - 1, 256 - 9 - 2)])
+    example, = icpo.load_examples(data, tokenizer, config)
+    assert tokenizer.decode(example.ids) == "S:" + "x" * (256 - 9 - 2)
+
+
+@pytest.mark.parametrize("kwargs, end, opening", [
+    ("{}", "<think>\n", "<think>\n"), ('{"thought": false}', "<think>\n\n</think>\n\n", "")])
+def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, capfd, kwargs, end, opening):
+    thought = "<think>\n{% if thought is defined %}\n\n</think>\n\n{% endif %}"
+    saved(tmp_path / "model", CHATML.replace("{% endif %}", thought + "{% endif %}"))
+    flags = ["--chat-template-kwargs", kwargs, "--prompt-suffix", " é <think>?", *REWARD]
+    assert run(*tiny_run(tmp_path / "model", tmp_path / "run", *flags)) == 0
+    prompt = f"<|im_start|>user\n1 é <think>?<|im_end|>\n<|im_start|>assistant\n{end}"
+    assert repr(prompt) in capfd.readouterr().out.splitlines()  # shown, as the model gets it
+    opened = {row["response"].startswith("<think>") for row in rows_of(tmp_path / "run/samples.jsonl")}
+    assert opened == {opening != ""}
+    _, tokenizer, _ = icpo.load_model(str(tmp_path / "model"), "cpu")
+    ids = tokenizer("so \\boxed{7}").input_ids
+    response, = texts(tokenizer, [ids], opening, truncated=True)
+    assert response == opening + "so \\boxed{7}" and verify(response, "7") is (opening == "")
+
+
+@pytest.mark.parametrize("kind", ["plain", "special"])
+def test_the_token_that_closes_a_message_ends_a_response_and_is_all_that_rewards_miss(tmp_path, kind):
+    tokenizer = saved(tmp_path, CHATML, **{kind: ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]})
+    _, loaded, eos_ids = icpo.load_model(str(tmp_path), "cpu")
+    assert eos_ids == [257, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    written = "<think>3 + 4 .</think>7"
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        ids = tokenizer(written + end).input_ids
+        assert texts(loaded, [ids, ids[-1:]]) == [written, ""]
+        assert texts(loaded, [ids], truncated=True) == [written + end]  # the last token did not end it
+    for template in (PLAIN, "{{ 1 / 0 }}", None):
+        saved(tmp_path, template)
+        assert icpo.load_model(str(tmp_path), "cpu")[2] == [257]
+
+
+def test_a_prompt_begins_once_and_does_not_end(tmp_path):
+    tokenizer, config = saved(tmp_path, special=["<s>", "</s>"]), Config()
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    bos, eos, *plain = tokenizer("<s></s>2+2").input_ids
+    for single in ("$A", "<s> $A", "$A </s>", "<s> $A </s>"):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", bos), ("</s>", eos)])
+        tokenizer.chat_template = None
+        assert icpo.encode("2+2", tokenizer, config)[0] == [bos] * ("<s>" in single) + plain
+        tokenizer.chat_template = "<s>{{ messages[0].content }}"
+        assert icpo.encode("2+2", tokenizer, config)[0] == [bos, *plain]
+
+
+# --------------------------------------------------------------------------------------------------- Rewards
+
+def test_failed_calls_score_as_the_lowest_of_their_group_and_references_are_copied(caplog):
+    def reward(response, reference):
+        reference.pop()  # fails where another call has got the same list
+        exec({"x": "raise SystemExit", "k": "raise KeyboardInterrupt"}.get(response, ""))
+        return {"a": 1.0, "b": math.nan, "c": "no number", "d": 1e300, "l": -1.0, "m": -0.5}[response]
+
+    example, fails = icpo.Example("", ["r"], []), [False, False, True, False, False, True, True, True]
+    for first in "bcdxe":
+        rewards, failed = icpo.score_responses(reward, ["a", "l", first, "m", *"abxe"] * 2, [example] * 4)
+        assert rewards.tolist() == [[1, -1, -1, -0.5], [1, 1, 1, 1]] * 2, first
+        assert failed.flatten().tolist() == fails * 2
+    warning_once.cache_clear()
+    caplog.clear()
+    rewards, failed = icpo.score_responses(reward, ["x"] * 2, [example])
+    assert rewards.tolist() == [[0, 0]] and failed.all() and caplog.text.count("a reward failed") == 1
+    with pytest.raises(KeyboardInterrupt):
+        icpo.score_responses(reward, ["k"], [example])
+
+
+@pytest.mark.parametrize("working", [0, 4])
+def test_rewards_that_all_fail_end_the_first_step_and_no_later_one(tiny, tmp_path, monkeypatch, working):
+    def reward(response, reference):
+        calls.append(1)
+        if len(calls) > working:
+            raise (SystemExit, ValueError)[len(calls) % 2]("out of time")
+        return len(calls) % 2
+
+    calls = []
+    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
+    flags = ["--steps", 3, "--prompts-per-step", 1, "--group-size", 4]
+    assert run(*tiny_run(tiny, tmp_path / "run", *flags)) == (0 if working else 2)
+    errors = [row.get("reward/errors") for row in rows_of(tmp_path / "run/metrics.jsonl")]
+    assert errors == ([None, 0, 4, 4] if working else [None])
