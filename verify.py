@@ -76,16 +76,18 @@ RULES = [re.split(" {3,}", line)[:2] for line in r'''
 \}\^\{   nothing   10²³
 ^(\d+)-(\d+)$   \1"to\2   2004-2008 is a range
 (?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
+,\\! ?|\{,\}   ,   1{,}000
 \\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!   nothing   \left(
-\\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}   \1\2   \mathrm{e}
+\\mathrm ?\{([ei])\}   \1   \mathrm{e}
 \b([ap])\.m\.?   \1m   9 p.m.
 \\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{[ ~]*([A-Za-z]+)([^{}]*)\}   ␣"\1\2␣   \text{ cm}
 \\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}   ␣\1␣   \text{(B)}
+\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}   \1   \mathbf{x}
 \\begin\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?   [[   a matrix is a tuple of rows
 (?:\\\\\s*)?\\end\{(?:[pb]matrix|array)\}   ]]
 \\\\   ],[
-[&;]|\\cup(?![a-z])|\{,\}|,?\s*"?\b(?:and|or)\b   ,   1 or 2
-(?<=\d)\\,(?=\d{3}(?!\d))   nothing   12\,500
+[&;]|\\cup(?![a-z])|,?\s*"?\b(?:and|or)\b   ,   1 or 2
+(?<=\d)(?<!\.\d{3})\\,(?=\d{3}(?![\d/]))   nothing   12\,500
 \\[,;: ]|\\q?quad(?![A-Za-z])|~|\s   ␣
 \\[()\[\]]   nothing   \(x\)
 (?<!\\)\$((?:\\.|[^$\\])*)\$   ␣\1␣   $x$
@@ -105,9 +107,9 @@ _\{(\w)\}   _\1   x_{1}
 ^\s*([*_'`]+)(.+)\1\s*$   \2   **18**
 ((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)   \1+\2,\1-\2   2 \pm 1
 (?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)   "   words
-(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B))(?![A-Za-z(^_]))   "   5cm
+(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B))(?![A-Za-z(_]))   "   5cm
 (?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq|[A-Z]{2}s)(?![A-Za-z(^_]))   "
-(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?= *$)   "\1   5 N
+(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?=(?:\^\{\d\})? *$)   "\1   5 N
 ("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])   \1   apples
 '''.strip().split("\n")]
 LOWER = re.compile(r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,}|No)')
@@ -188,10 +190,10 @@ Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: o
 Named = namedtuple("Named", "name answer")
 OPENING, CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
 RELATIONS = ("=", "\\approx", "\\in", "<", ">", "\\le", "\\ge", "\\ne")
-NAME = re.compile(r"(?!.*\\(?:frac|sqrt|pi)|[A-Z]=[A-Z]$)[A-Za-z\\{}|+,()' ]+(?:=|\\in|\\approx)")
+NAME = re.compile(r"(?![A-Z]=[A-Z]$)(?:(?!\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ])+(?:=|\\(?:in|approx)(?![a-z]))")
 UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$]|\^\{?-?\d\}?)*)?')
 LITERAL = re.compile(
-    r"[-+]?(?:(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|(?:\d*\.?\d+\*)?10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
+    r"[-+]?(?:(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|\d*\.?\d+\*10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
 BELOW = re.compile(rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
 CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple lakh crore mln "
@@ -312,7 +314,7 @@ OTHER_OPTION = re.compile(
 def option(text: str) -> str | None:
     """The letter of the option that a text names, "" if it names others too; None if it names none."""
     text = re.sub(r"\\(?:text[a-z]*|math[a-z]+|boxed)|[{}$*~]|\\(?=[ :;,])|\b(?i:answer):", " ", text[:MAX_LENGTH])
-    found = OPTION.fullmatch(" ".join(re.sub(r"\b(?:and|or)\b", ",", text).split()).replace("( ", "("))
+    found = OPTION.fullmatch(" ".join(re.sub(r"\b(?:and|or)\b", ",", text).split()).replace("( ", "(").replace(" :", ":"))
     return found and ("" if OTHER_OPTION.search(found[2]) else found[1].upper())
 
 

@@ -23,8 +23,8 @@ HEDGE = r"(?:[ :]*(?:therefore|thus|definitely|approximately|about|clearly|(?:mo
 ANSWER = re.compile(rf"(?i)answer\s?(?:\([^()\n]*\))?{BE}{HEDGE}(?: (?:letter|option|choice))?[ :]*")
 HEADING = re.compile(r"(?i)^\W*(?:final )?answer:?\W*\n+", re.MULTILINE)
 CLAUSE_END = re.compile(
-    r"(?<!\bvs)[.!?](?=[\s$\"]|$)|\n|;|,? (?:because|since|as (?!well)|so that)\b|, (?:so|not|in|although|it|I|for)\b|"
-    r" \((?!or\b)[a-z]{2}| [-–—] |--|, (?=[a-z\"“][a-z]+)")
+    r"(?<!\bvs)(?<!\bsq)[.!?](?=[\s$\"]|$)|\n|;|,? (?:because|since|as (?!well)|so that)\b|, (?:so|not|in|although|it|I|for)\b|"
+    r" \((?!or\b)[a-z]{2}| [-–—] |--|, (?!which is \S*\d)(?=[a-z\"“][a-z]+)")
 DENIAL = re.compile(
     r"(?i)\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|doubt|whether|if|suppose|assume|might|maybe|perhaps|"
     r"either|except|unless|rules? out|unclear|any|but)\b|n't\b|n’t\b|\?")
@@ -32,7 +32,7 @@ CHATTER = re.compile(
     r"(?i)\s*(?:is there anything else[^.?!]*\?|do you have any other[^.?!]*\?|i hope (?:this|it|that)[^.?!]*[.!])\s*$")
 LETTER = re.compile(
     r"(?i:answer|choice|option|it|so|hence|thus|therefore|choose|pick|found|think it)(?i: is|'s)?:? (?:in )?"
-    r"[\"'“(*$]*([A-J])[\"'”)*$]*(?=[.,;:]|$| (?:is|—|-|because|since)\b|$)")
+    r"[\"'“(*$]*([A-J])[\"'”)*$]*(?=[.,;:]|$| (?:is|because|since)\b| [—-])")
 CORRECT = re.compile(r"(?:^|[ (])([A-J])\)? is (?:the )?(?:(?:correct|right|best)\b|answer)")
 VALUE = r"(?:\\?\$|[€£])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?"
 NUMBER = re.compile(
@@ -50,9 +50,10 @@ def stated(text: str) -> str | None:
     for phrase in reversed([*ANSWER.finditer(text), *HEADING.finditer(text)]):
         said = text[phrase.end():phrase.end() + 300].lstrip("\n *:")
         clause = CLAUSE_END.split(said, maxsplit=1)[0].strip(" *\"'“”`")
+        clause = clause[1:] if clause.count("$") == 1 and clause[0] == "$" and said[len(clause):][:1] == "." else clause
         if re.search(r"(?i)\b(?:wrong|incorrect)\s*$", text[:phrase.start()][-20:]):
             return ""
-        if re.match(r"\W*$|(?:correct|right|consistent|unknown)\b", clause):
+        if re.match(r"\W*$|(?:correct|right|consistent|unknown|chosen)\b", clause):
             continue
         asked = said[len(clause):].lstrip(" *")[:1] == "?"
         return "" if asked or DENIAL.search(sentence_before(text, phrase.start())) else clause
@@ -79,9 +80,12 @@ def answer(text: str) -> str | None:
     """What a text gives as its answer, if it is not an option."""
     said = stated(text)
     if said is not None:
-        return said and (re.sub(r"^.*?(?:, which is|\bis) (?=\S*\d)", "", said) or None)
+        number = NUMBER.fullmatch(said) if re.match(r"[A-Za-z]{2,} \S+ \S", said) else None
+        if number and (DENIAL.search(said) or ALTERNATIVES.search(said[:number.start(1)])):
+            return None
+        return said[number.start(1):] if number else re.sub(r"^.*?(?:, which is|\bis) (?=\S*\d)", "", said)
     last = text.rsplit("\n", 1)[-1].strip()
-    if last == text and len(last) < 60 and not re.search(r"\w{3,} \w+ \w+", last) and not re.search(r"\d-\d", last):
+    if last == text and len(last) < 60 and (len(last.split()) < 4 or not re.search("[a-z]{3}", last)) and not re.search(r"\d-\d", last):
         return last
     last = re.split(r"[.!?] (?=[A-Z])", last.rstrip(" .*$`\"'"))[-1].replace("*", "").replace("`", "")
     if DENIAL.search(last) or ALTERNATIVES.search(last):
@@ -101,6 +105,6 @@ def verify(response: str, reference) -> bool:
     text = response.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     if MARKER.search(text):
         return False
-    text = CHATTER.sub("", re.sub(SPECIAL_TOKENS, "", text[-2000:].replace("**", "")).strip()).strip()
+    text = CHATTER.sub("", re.sub(SPECIAL_TOKENS, "", text[-2000:].replace("**", "").replace("\r", "")).strip()).strip()
     options = {option(right) for right in texts(reference)} - {None, ""}
     return is_equivalent(letter(text) if options else answer(text), reference, finished=True)
