@@ -37,7 +37,7 @@ CONTENT = re.compile(rf"<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####(.*
 SIGN = re.compile(r"(?<![\d)\]}])(?<![\d)\]}] )[-−]\$?\Z")  # -\boxed{5}
 # What denies or doubts an answer stands before "the answer", so a clause must start there.
 CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
-REST = r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s$<]))+?)[.$]*"
+REST = r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
 IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the end, but for special tokens
 
 
@@ -327,8 +327,10 @@ def texts(answer):
 
 
 def parse(text):
+    if len(text) > MAX_LENGTH:
+        return " ".join(text.split())
     text = unicodedata.normalize("NFKC", NAMED.sub(renamed, text))
-    for pattern, replacement, *_ in RULES if len(text) <= MAX_LENGTH else ():
+    for pattern, replacement, *_ in RULES:
         text = re.sub(pattern, replacement.replace("nothing", "").replace("␣", " "), text)
     tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)))
     return read(tokens) if len(tokens) <= MAX_TOKENS else spelled(tokens)

@@ -85,7 +85,7 @@ def answer(text: str) -> str | None:
             return None
         return said[number.start(1):] if number else re.sub(r"^.*?(?:, which is|\bis) (?=\S*\d)", "", said)
     last = text.rsplit("\n", 1)[-1].strip()
-    if last == text and len(last) < 60 and (len(last.split()) < 4 or not re.search("[a-z]{3}", last)) and not re.search(r"\d-\d", last):
+    if last == text and len(last) < 60 and (len(last.split()) < 4 or not re.search("[a-z]{3}|=", last)) and not re.match("(?i)(?:so|it|is|the|hence|thus) ", last) and not re.search(r"\d-\d", last):
         return last
     last = re.split(r"[.!?] (?=[A-Z])", last.rstrip(" .*$`\"'"))[-1].replace("*", "").replace("`", "")
     if DENIAL.search(last) or ALTERNATIVES.search(last):

@@ -27,7 +27,7 @@ from verify import compute_score, extract_answer, is_equivalent, reward_func, ve
 def table(text):
     """Pairs, with whether they should be equal: a line that starts with "no" holds what must not."""
     cases = []
-    for line in text.strip().splitlines():
+    for line in filter(None, text.split("\n")):
         verdict, pairs = line.split(" ", 1)
         for pair in pairs.split(" ;; "):
             left, right = pair.strip().replace("⏎", "\n").rsplit(" ~ ", 1)
