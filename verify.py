@@ -43,7 +43,7 @@ IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the 
 
 def marked(text):
     """What the last marker holds, "" if it is empty or not closed; None if there is no marker."""
-    text = text.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
+    text = re.sub(r"(?s)\A.*</think>|<think>.*", "", text)
     *_, marker = None, *MARKER.finditer(text)
     if marker is None:
         answer = IN_WORDS.search(text[-MAX_LENGTH:].replace("**", ""))
@@ -156,10 +156,10 @@ FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 def climb(tokens, level=1):
     """The value of the tokens at the end of the list, the next one last, up to an operator below this level."""
     token = tokens.pop()
-    if token in ("(", "{"):
+    if token in "({":
         value = climb(tokens)
         tokens.pop()
-    elif token in ("+", "-"):
+    elif token in "+-":
         value = climb(tokens, 3) * int(token + "1")
     elif token == "\\frac":
         value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
@@ -177,8 +177,8 @@ def climb(tokens, level=1):
             value = named(f"{value} ^ {exponent}")
         else:
             value = pow(value, int(exponent), P)
-    while (precedence := 1 if tokens[-1] in ("+", "-") else 2 * bool(FACTOR.match(tokens[-1]))) >= level:
-        operator = tokens.pop() if tokens[-1] in ("*", "/") else ""
+    while (precedence := 1 if tokens[-1] in "+-" else 2 * bool(FACTOR.match(tokens[-1]))) >= level:
+        operator = tokens.pop() if tokens[-1] in "*/" else ""
         right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
         value = value + right if precedence == 1 else value * (pow(right, -1, P) if operator == "/" else right)
     return value % P
@@ -188,8 +188,7 @@ def climb(tokens, level=1):
 Quantity = namedtuple("Quantity", "value text unit")
 Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: of names; of a relation its signs
 Named = namedtuple("Named", "name answer")
-OPENING, CLOSING = ("(", "[", "{", "\\{"), (")", "]", "}", "\\}")
-RELATIONS = ("=", "\\approx", "\\in", "<", ">", "\\le", "\\ge", "\\ne")
+OPENING, CLOSING, RELATIONS = r"( [ { \{".split(), r") ] } \}".split(), r"= \approx \in < > \le \ge \ne".split()
 NAME = re.compile(r"(?![A-Z]=[A-Z]$)(?:(?!\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ])+(?:=|\\(?:in|approx)(?![a-z]))")
 UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$]|\^\{?-?\d\}?)*)?')
 LITERAL = re.compile(
@@ -222,13 +221,13 @@ def split(tokens, separators):
 
 def read(tokens):
     """A Group, Named or Quantity, or else the text of the tokens."""
-    parts = split(tokens, (",",))
+    parts = split(tokens, ",")
     if len(parts) > 1:
         return listed("", parts[::2])
     if len(sides := split(tokens, RELATIONS)) > 1:
         return related(sides)
-    inside = split(tokens[1:-1], (",",)) if parts and tokens[0] in OPENING else []
-    if len(inside) == 1 and tokens[0] in ("(", "{"):
+    inside = split(tokens[1:-1], ",") if parts and tokens[0] in OPENING else []
+    if len(inside) == 1 and tokens[0] in "({":
         return read(inside[0])
     if inside:
         return listed(tokens[0][-1] + tokens[-1][-1], inside[::2])
@@ -272,18 +271,17 @@ def equal(a, b, finished=False):
         return a == b != ""
     if isinstance(a, Quantity):
         return same(a, b) and (not finished or worked_out(a, b))
-    brackets = f"{a.brackets} {b.brackets}"
+    brackets = f"{a.brackets} {b.brackets}"  # the answer's and the reference's
+    alike = re.fullmatch(r"(.*) \1|\{\} |, .*|.* ,", brackets) and len(a.items) == len(b.items)
     pairs = [sorted(x.items, key=str) if brackets in (" ", "{} ", "{} {}", ", ,") else x.items for x in (a, b)]
-    alike = a.brackets == b.brackets or brackets in ("{} ", ", ", " ,", ", ()", "() ,", ", []", "[] ,")
-    return alike and len(a.items) == len(b.items) and all(equal(x, y, finished) for x, y in zip(*pairs))
+    return bool(alike) and all(equal(x, y, finished) for x, y in zip(*pairs))
 
 
 def same(a, b):
     if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit}):
         return False
-    hundredth = a.unit != b.unit and ("%" in b.unit or rational(b.value).denominator > 1)
-    x, y = a.value * 100 ** ("%" in b.unit), b.value * 100 ** ("%" in a.unit)
-    return a.value == b.value or hundredth and x % P == y % P
+    of_hundred = a.unit != b.unit and ("%" in b.unit or rational(b.value).denominator > 1)
+    return a.value == b.value or of_hundred and a.value * 100 ** ("%" in b.unit) % P == b.value * 100 ** ("%" in a.unit) % P
 
 
 def work(text):
