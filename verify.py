@@ -2,17 +2,17 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
- 1. Only the last marker counts, \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; empty or
-    unclosed is no answer. If there is none, the last line may end in "answer is X" or "answer: X".
+ 1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
+    empty or unclosed one is no answer. If there is none, the last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
- 3. Words, % and $ at a number may be missing on one side. 2 million is a number; 12 dozen is not 12. N% is N, and
-    N/100 if the reference has a % or is no whole number.
- 4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order; tuples, intervals and matrices have one, and need brackets.
+ 3. Words, % and $ at a number may be missing on one side. 2 million is a number, 12 dozen is not 12. N% is N,
+    and N/100 if the reference has a % or is no whole number.
+ 4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts. x^2 + y^2 = 25 is only itself.
  6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; words lose their case.
- 7. verify also wants the answer worked out as far as the reference: no operators or terms that it lacks, no larger
+ 7. verify wants the answer worked out as far as the reference: no operator or term that it lacks, no larger
     number under a root, no more roots in denominators. 6/8 is 0.75, but 12/2 is not 6.
- 8. A reference is text, a number, a bool, or a solution with a marker; of a list any item suffices. Nothing raises.
+ 8. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
 """
 
 import itertools
@@ -59,15 +59,16 @@ def extract_answer(response: str) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------ Notation
-# A word has a quotation mark before it: "cm. The second of each pair replaces the first, at the beginning and at the end.
+# A word has a quotation mark before it. Pairs apply before the rules and after them.
 SYNONYMS = dict(pair.split(" ", 1) for pair in r'''
-\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,∪ \cup,∅ \emptyset,
-\varnothing \emptyset,\cdot *,× *,\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,‑ -,π \pi ,√ \sqrt ,∞ \infty ,
-± \pm ,\degree °,\% %,\lbrace \{,\rbrace \},\dfrac \frac,\tfrac \frac,\cfrac \frac,\Omega "Ω,½  1/2,⅓  1/3,⅔  2/3,
-¼  1/4,¾  3/4,⅕  1/5,⅙  1/6,⅛  1/8,⁰ ^{0},¹ ^{1},² ^{2},³ ^{3},⁴ ^{4},⁵ ^{5},⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},⁻ ^{-},
-"dollar $,\$ $,"usd $,"cent ¢,"percent %,"degree °,"centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,"gram "g,
-"liter "L,"second "s,"minute "min,"hour "h,"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,"per /,"th ,
-"st ,"nd ,"rd ,"true "yes,"false "no,"hundred *10^{2},"thousand *10^{3},"million *10^{6},"billion *10^{9}
+\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,∪ \cup,
+∅ \emptyset,\varnothing \emptyset,\cdot *,× *,\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,‑ -,
+π \pi ,√ \sqrt ,∞ \infty ,± \pm ,\degree °,\% %,\lbrace \{,\rbrace \},\dfrac \frac,\tfrac \frac,
+\cfrac \frac,\Omega "Ω,½  1/2,⅓  1/3,⅔  2/3,¼  1/4,¾  3/4,⅕  1/5,⅙  1/6,⅛  1/8,⁰ ^{0},¹ ^{1},² ^{2},³ ^{3},
+⁴ ^{4},⁵ ^{5},⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},⁻ ^{-},"dollar $,\$ $,"usd $,"cent ¢,"percent %,"degree °,
+"centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,"gram "g,"liter "L,"second "s,"minute "min,"hour "h,
+"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,"per /,"th ,"st ,"nd ,"rd ,"true "yes,
+"false "no,"hundred *10^{2},"thousand *10^{3},"million *10^{6},"billion *10^{9}
 '''.replace("\n", "").split(","))
 NAMED = re.compile(r'\\[A-Za-z]+|\\[%$]|"[A-Za-z]+|[<>!]=|[^\x00-\x7f]')
 # In this order: what is replaced, by what (␣ is a blank), and an example.
@@ -115,7 +116,8 @@ _\{(\w)\}   _\1   x_{1}
 LOWER = re.compile(r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,}|No)')
 BLANKS = re.compile(r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$")
 NUMBERS = r" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+)"
-TOKEN = re.compile(rf'{NUMBERS}|\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{{[^{{}}]*\}}))?|\\.|"[A-Za-zΩμ]+|\S')
+SYMBOLS = r'\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?|\\.|"[A-Za-zΩμ]+|\S'
+TOKEN = re.compile(f"{NUMBERS}|{SYMBOLS}")
 
 
 def renamed(match):
@@ -124,9 +126,9 @@ def renamed(match):
 
 
 # --------------------------------------------------------------------------------------------- Expressions
-# Values are computed modulo a prime. All primes below 200 are squares modulo it, and x**((P + 1) / 4) is the square
-# root that respects products, so identities between roots hold; a name is a random number, so that no others do.
-# Fractions of up to 40 digits can be had back. Nothing grows, so no power or product takes long.
+# Values are computed modulo a prime, so nothing grows. All primes below 200 are squares modulo it, and
+# x**((P + 1) / 4) is the root that respects products, so identities between roots hold. A name is a random
+# number, so that no other identities do. Fractions of up to 40 digits can be had back.
 P = 57 * 4 * math.prod(n for n in range(2, 200) if all(n % d for d in range(2, n))) - 1
 
 
@@ -145,7 +147,7 @@ def named(name):
 def root(value):
     radicand = rational(value)
     size = radicand.numerator * radicand.denominator
-    result = pow(value, (P + 1) // 4, P) if 0 < size < 200**2 else 0  # a square of more could have the other root
+    result = pow(value, (P + 1) // 4, P) if 0 < size < 200**2 else 0  # a larger square may have another
     return result if result * result % P == value else named(f"root {value}")
 
 
@@ -154,7 +156,7 @@ FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
 
 def climb(tokens, level=1):
-    """The value of the tokens at the end of the list, the next one last, up to an operator below this level."""
+    """The value of the last tokens, read from the end, up to an operator below this level; they are removed."""
     token = tokens.pop()
     if token in "({":
         value = climb(tokens)
@@ -180,25 +182,28 @@ def climb(tokens, level=1):
     while (precedence := 1 if tokens[-1] in "+-" else 2 * bool(FACTOR.match(tokens[-1]))) >= level:
         operator = tokens.pop() if tokens[-1] in "*/" else ""
         right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
-        value = value + right if precedence == 1 else value * (pow(right, -1, P) if operator == "/" else right)
+        right = pow(right, -1, P) if operator == "/" else right
+        value = value + right if precedence == 1 else value * right
     return value % P
 
 
 # ------------------------------------------------------------------------------------------------- Answers
 Quantity = namedtuple("Quantity", "value text unit")
-Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: of names; of a relation its signs
+Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: of names; or signs of a relation
 Named = namedtuple("Named", "name answer")
-OPENING, CLOSING, RELATIONS = r"( [ { \{".split(), r") ] } \}".split(), r"= \approx \in < > \le \ge \ne".split()
-NAME = re.compile(r"(?![A-Z]=[A-Z]$)(?:(?!\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ])+(?:=|\\(?:in|approx)(?![a-z]))")
+OPENING, CLOSING = r"( [ { \{".split(), r") ] } \}".split()
+RELATIONS = r"= \approx \in < > \le \ge \ne".split()
+NAME = r"(?![A-Z]=[A-Z]$)(?:(?!\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ])+"
+NAMING = re.compile(NAME + r"(?:=|\\(?:in|approx)(?![a-z]))")
 UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$]|\^\{?-?\d\}?)*)?')
-LITERAL = re.compile(
-    r"[-+]?(?:(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}|\d*\.?\d+\*10\^\{?-?\d+\}?|\d*\.?\d*(?:[eE]-?\d+)?)")
+FRACTION = r"(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}"
+LITERAL = re.compile(rf"[-+]?(?:{FRACTION}|\d*\.?\d+\*10\^\{{-?\d+\}}|\d*\.?\d*(?:[eE]-?\d+)?)")
 BELOW = re.compile(rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
 CHANGING = set(  # after a number, these make another of it
-    "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple lakh crore mln "
-    "half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared cubed factorial time plus am "
-    "minus over divided less mod power root inverse repeating percentage binary not than because since maybe pm "
-    "perhaps probably wrong incorrect".split())
+    "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple "
+    "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro "
+    "squared cubed factorial time plus am minus over divided less mod power root inverse repeating "
+    "percentage binary not than because since maybe pm perhaps probably wrong incorrect".split())
 
 
 def spelled(tokens):
@@ -206,7 +211,7 @@ def spelled(tokens):
 
 
 def split(tokens, separators):
-    """The parts between separators outside all brackets, and these; [] if a part is empty, or a bracket is alone."""
+    """The parts, and the separators between them, outside brackets; [] if a part is empty or a bracket alone."""
     parts, depth = [[]], 0
     for token in tokens:
         depth += (token in OPENING) - (token in CLOSING)
@@ -253,8 +258,9 @@ def listed(brackets, parts):
 
 def related(sides):
     """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
-    answers, signs, text = [read(side) for side in sides[::2]], "".join(sum(sides[1::2], [])), spelled(sum(sides, []))
-    named = NAME.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))
+    answers, signs = [read(side) for side in sides[::2]], "".join(sum(sides[1::2], []))
+    text = spelled(sum(sides, []))
+    named = NAMING.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))
     values, equals = (answers[1:], "=" + signs[len(sides[1][0]):]) if named else (answers, signs)
     if set(equals) != {"="} or "%" in text or not all(equal(value, values[0]) for value in values):
         return Group(signs, answers)
@@ -273,23 +279,27 @@ def equal(a, b, finished=False):
         return same(a, b) and (not finished or worked_out(a, b))
     brackets = f"{a.brackets} {b.brackets}"  # the answer's and the reference's
     alike = re.fullmatch(r"(.*) \1|\{\} |, .*|.* ,", brackets) and len(a.items) == len(b.items)
-    pairs = [sorted(x.items, key=str) if brackets in (" ", "{} ", "{} {}", ", ,") else x.items for x in (a, b)]
-    return bool(alike) and all(equal(x, y, finished) for x, y in zip(*pairs))
+    unordered = brackets in (" ", "{} ", "{} {}", ", ,")
+    sides = [sorted(x.items, key=str) if unordered else x.items for x in (a, b)]
+    return bool(alike) and all(equal(x, y, finished) for x, y in zip(*sides))
 
 
 def same(a, b):
     if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit}):
         return False
+    x, y = a.value * 100 ** ("%" in b.unit), b.value * 100 ** ("%" in a.unit)
     of_hundred = a.unit != b.unit and ("%" in b.unit or rational(b.value).denominator > 1)
-    return a.value == b.value or of_hundred and a.value * 100 ** ("%" in b.unit) % P == b.value * 100 ** ("%" in a.unit) % P
+    return a.value == b.value or of_hundred and x % P == y % P
 
 
 def work(text):
-    """What is left to work out: the operators, terms, the largest number under a root, roots in denominators."""
+    """What is left to work out: operators, terms, the largest number under a root, roots in denominators."""
+    below = len(BELOW.findall(text))
     roots = re.findall(rf"\\sqrt(\w|\{{{INSIDE}\}})", text)
     largest = max((math.prod(map(int, re.findall(r"\d+", inside))) for inside in roots), default=0)
-    operators = set(re.findall(r"[*/^(]", re.sub(r"\\sqrt(\w|\{[^{}]*\})\\sqrt", "*", text).replace("\\frac", "/")))
-    return operators, len(re.findall(r"(?<=[\w)}])[+-]", text)), largest, len(BELOW.findall(text))
+    text = re.sub(r"\\sqrt(\w|\{[^{}]*\})\\sqrt", "*", text)
+    operators = set(re.findall(r"[*/^(]", text.replace("\\frac", "/")))
+    return operators, len(re.findall(r"(?<=[\w)}])[+-]", text)), largest, below
 
 
 def worked_out(a, b):
@@ -301,9 +311,10 @@ def worked_out(a, b):
     return all(x <= y for x, y in zip(work(a.text), work(b.text)))
 
 
-EPITHETS = r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"  # E. coli, J. S. Mill
-LETTER = r"(?:(?i:option|choice) )?(?:[(\[<](?=\w[)\]>])|(?=[A-J](?:$|[.:,;)]| [-(]))|(?=\w(?:$|[.)])))([A-Ja-j])(.*)"
-OPTION = re.compile(EPITHETS + LETTER)
+# E. coli and J. S. Mill are no options.
+EPITHETS = r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"
+LETTER = r"(?:[(\[<](?=\w[)\]>])|(?=[A-J](?:$|[.:,;)]| [-(]))|(?=\w(?:$|[.)])))([A-Ja-j])(.*)"
+OPTION = re.compile(EPITHETS + "(?:(?i:option|choice) )?" + LETTER)
 OTHER_OPTION = re.compile(
     r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|^\W*[AI]\b(?! [a-z])|"
     r"[,/|&] ?[a-j]\b(?![=+*/^(-])|\ball (?:of )?the (?!above)")
@@ -311,13 +322,14 @@ OTHER_OPTION = re.compile(
 
 def option(text: str) -> str | None:
     """The letter of the option that a text names, "" if it names others too; None if it names none."""
-    text = re.sub(r"\\(?:text[a-z]*|math[a-z]+|boxed)|[{}$*~]|\\(?=[ :;,])|\b(?i:answer):", " ", text[:MAX_LENGTH])
-    found = OPTION.fullmatch(" ".join(re.sub(r"\b(?:and|or)\b", ",", text).split()).replace("( ", "(").replace(" :", ":"))
+    text = re.sub(r"\\(?:text|math|boxed)[a-z]*|[{}$*~]|\\(?=[ :;,])|\b(?i:answer):", " ", text[:MAX_LENGTH])
+    words = " ".join(re.sub(r"\b(?:and|or)\b", ",", text).split())
+    found = OPTION.fullmatch(words.replace("( ", "(").replace(" :", ":"))
     return found and ("" if OTHER_OPTION.search(found[2]) else found[1].upper())
 
 
 def texts(answer):
-    """An answer or the items of a list as text, or what their marker holds; without those that cannot be read."""
+    """An answer, or the items of a list, as text, or what its marker holds; none of what cannot be read."""
     items = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
     items = items if isinstance(items, (list, tuple)) else [items]
     items = [x for x in items if isinstance(x, str) or isinstance(x, Number) and x == x and abs(x) < 10**999]
@@ -356,5 +368,5 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
     """The reward as TRL calls it, of strings or messages; None, which TRL skips, if there is no reference."""
     references = answer or solution or ground_truth or [None] * len(completions)
-    responses = [item if isinstance(item, str) else item[-1]["content"] if item else "" for item in completions]
+    responses = [x if isinstance(x, str) else x[-1]["content"] if x else "" for x in completions]
     return [float(verify(*pair)) if texts(pair[1]) else None for pair in zip(responses, references)]
