@@ -3,13 +3,13 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
  1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
-    empty or unclosed one is no answer. If there is none, the last line may end in "answer is X" or "answer: X".
+    empty or unclosed one is no answer. Where there is none, the last line may end in "answer is X", "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
  3. Words, % and $ at a number may be missing on one side. 2 million is a number, 12 dozen is not 12. N% is N,
     and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts. x^2 + y^2 = 25 is only itself.
- 6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; words lose their case.
+ 6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text, its words without case.
  7. verify wants the answer worked out as far as the reference: no operator or term that it lacks, no larger
     number under a root, no more roots in denominators. 6/8 is 0.75, but 12/2 is not 6.
  8. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
@@ -102,7 +102,7 @@ _\{(\w)\}   _\1   x_{1}
 (?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}   \1␣\2/\3   1\frac{3}{4}
 (?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])   \\\1   sqrt(2)
 \\((?:sqrt|ln|log|sin|cos|tan)(?:_\w)?) ?\(([^()]*)\)   \\\1{\2}   \ln(2)
-(?<![\d.]\d{3}),(?=(?:\d{3},)*\d{3}(?![\d]|,\d)(?![^()\[\]]*[)\]])(?!.*\\\}))   nothing   1,234, but not (1,234)
+(?<![\d.]\d{3}),(?=(?:\d{3},)*\d{3}(?![\d]|,\d)(?![^()\[\]]*[)\]])(?!.*\\\}))   nothing   1,234
 ^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))   nothing   = 5
 ^(.*(?:\\frac|\\sqrt|\\pi|/).*)\\approx *-?[\d.]+ *$   \1   1/3 \approx 0.333
 ^\s*([*_'`]+)(.+)\1\s*$   \2   **18**
@@ -156,7 +156,7 @@ FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
 
 def climb(tokens, level=1):
-    """The value of the last tokens, read from the end, up to an operator below this level; they are removed."""
+    """The value of the last tokens, up to an operator below this level; they are removed."""
     token = tokens.pop()
     if token in "({":
         value = climb(tokens)
@@ -189,7 +189,7 @@ def climb(tokens, level=1):
 
 # ------------------------------------------------------------------------------------------------- Answers
 Quantity = namedtuple("Quantity", "value text unit")
-Group = namedtuple("Group", "brackets items")  # no brackets: a list; a comma: of names; or signs of a relation
+Group = namedtuple("Group", "brackets items")  # "": a list; ",": of names; or the signs of a relation
 Named = namedtuple("Named", "name answer")
 OPENING, CLOSING = r"( [ { \{".split(), r") ] } \}".split()
 RELATIONS = r"= \approx \in < > \le \ge \ne".split()
@@ -203,7 +203,7 @@ CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple "
     "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro "
     "squared cubed factorial time plus am minus over divided less mod power root inverse repeating "
-    "percentage binary not than because since maybe pm perhaps probably wrong incorrect".split())
+    "percentage approximately roughly binary not no than because since maybe pm perhaps probably wrong incorrect".split())
 
 
 def spelled(tokens):
@@ -211,7 +211,7 @@ def spelled(tokens):
 
 
 def split(tokens, separators):
-    """The parts, and the separators between them, outside brackets; [] if a part is empty or a bracket alone."""
+    """The parts, and the separators between them, outside brackets; [] if a part or a bracket lacks."""
     parts, depth = [[]], 0
     for token in tokens:
         depth += (token in OPENING) - (token in CLOSING)
@@ -316,7 +316,7 @@ EPITHETS = r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens
 LETTER = r"(?:[(\[<](?=\w[)\]>])|(?=[A-J](?:$|[.:,;)]| [-(]))|(?=\w(?:$|[.)])))([A-Ja-j])(.*)"
 OPTION = re.compile(EPITHETS + "(?:(?i:option|choice) )?" + LETTER)
 OTHER_OPTION = re.compile(
-    r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|^\W*[AI]\b(?! [a-z])|"
+    r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]| [a-j][.)] |^\W*[AI]\b(?! [a-z])|"
     r"[,/|&] ?[a-j]\b(?![=+*/^(-])|\ball (?:of )?the (?!above)")
 
 

@@ -1,15 +1,15 @@
-r"""A lenient verifier, for outputs that follow no format: to evaluate models, and as an example of a reward of one's own.
+r"""A lenient verifier for outputs that follow no format: for evaluation, and an example of a reward of your own.
 
     python icpo.py --reward examples.plain_answers:verify ...
 
-What verify.py accepts counts, and if there is a \boxed{}, <answer> or #### it alone decides. Otherwise, in this order:
+What verify.py accepts counts; if there is a \boxed{}, <answer> or ####, it alone decides. Else, in this order:
 
  1. the last "answer is ..." or "answer: ..." that says something, up to the end of its clause;
- 2. for an option A to J, a sentence such as "It is B", "So B is correct", or a first or last line "B" or "B) cells";
+ 2. for an option A to J, a sentence like "It is B" or "So B is correct", or a first or last line "B" or "B) cells";
  3. the whole response, if it is one short line; else what the last sentence ends in, a number or an equation.
 
 A sentence that denies, doubts, supposes or asks says nothing. Of several answers, none counts.
-A policy that is trained on this learns to say "answer" more often than it knows one: train on verify.py if you can.
+A policy trained on this learns whatever it lets through: train on verify.py if you can.
 """
 
 import re
@@ -19,17 +19,19 @@ from verify import verify as strict
 
 SPECIAL_TOKENS = r"(?:\s*<[|/]?[a-z_]+\|?>)+\s*\Z"
 BE = r"(?: is| was| equals| (?:should|must|would|will|seems to) be|(?: is)?:| seems)(?![\w'])"
-HEDGE = r"(?:[ :]*(?:therefore|thus|definitely|approximately|about|clearly|(?:most )?likely(?: to be)?|for sure|\.\.\.)\b,?)*"
+SURELY = r"therefore|thus|definitely|approximately|about|clearly|(?:most )?likely(?: to be)?|for sure|\.\.\."
+HEDGE = rf"(?:[ :]*(?:{SURELY})\b,?)*"
 ANSWER = re.compile(rf"(?i)answer\s?(?:\([^()\n]*\))?{BE}{HEDGE}(?: (?:letter|option|choice))?[ :]*")
 HEADING = re.compile(r"(?i)^\W*(?:final )?answer:?\W*\n+", re.MULTILINE)
 CLAUSE_END = re.compile(
-    r"(?<!\bvs)(?<!\bsq)[.!?](?=[\s$\"]|$)|\n|;|,? (?:because|since|as (?!well)|so that)\b|, (?:so|not|in|although|it|I|for)\b|"
+    r"(?<!\bvs)(?<!\bsq)[.!?](?=[\s$\"]|$)|\n|;|,? (?:because|since|as (?!well)|so that)\b|"
+    r", (?:so|not|in|although|it|I|for)\b|"
     r" \((?!or\b)[a-z]{2}| [-–—] |--|, (?!which is \S*\d)(?=[a-z\"“][a-z]+)")
 DENIAL = re.compile(
-    r"(?i)\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|doubt|whether|if|suppose|assume|might|maybe|perhaps|"
-    r"either|except|unless|rules? out|unclear|any|but)\b|n't\b|n’t\b|\?")
-CHATTER = re.compile(
-    r"(?i)\s*(?:is there anything else[^.?!]*\?|do you have any other[^.?!]*\?|i hope (?:this|it|that)[^.?!]*[.!])\s*$")
+    r"(?i)\b(?:not|no|never|neither|nor|cannot|wrong|incorrect|false|doubt|whether|if|suppose|assume|"
+    r"might|maybe|perhaps|either|except|unless|rules? out|unclear|any|but)\b|n't\b|n’t\b|\?")
+QUESTION = r"is there anything else[^.?!]*\?|do you have any other[^.?!]*\?"
+CHATTER = re.compile(rf"(?i)\s*(?:{QUESTION}|i hope (?:this|it|that)[^.?!]*[.!])\s*$")
 LETTER = re.compile(
     r"(?i:answer|choice|option|it|so|hence|thus|therefore|choose|pick|found|think it)(?i: is|'s)?:? (?:in )?"
     r"[\"'“(*$]*([A-J])[\"'”)*$]*(?=[.,;:]|$| (?:is|because|since)\b| [—-])")
@@ -38,7 +40,9 @@ VALUE = r"(?:\\?\$|[€£])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\\?%?"
 NUMBER = re.compile(
     rf"(?:.*(?<![\w.,/:({{^+*×÷<>=≤≥-])(?<![-+*/×÷<>≤≥:] )(?<![\d,] )|)(-?{VALUE})"
     r"(?:['°]|\s?[a-zA-Z][\w/^]*|\s?square|\s?cubic){0,6}$")
-ALTERNATIVES = re.compile(r"(?i)\b(?:or|and|to|between|than|log|root|minus|negative|of|x)\s*$|\d[;,]? (?:\w+ )?(?:or|and) ")
+ALTERNATIVES = re.compile(
+    r"(?i)\b(?:or|and|to|between|than|log|root|minus|negative|of|x)\s*$|\d[;,]? (?:\w+ )?(?:or|and) ")
+NO_BARE_ANSWER = re.compile(r"(?i)(?:so|it|is|the|hence|thus) |.*\d-\d|(?=.*(?:[a-z]{3}|=))\S+(?: \S+){3}")
 
 
 def sentence_before(text: str, at: int) -> str:
@@ -50,7 +54,8 @@ def stated(text: str) -> str | None:
     for phrase in reversed([*ANSWER.finditer(text), *HEADING.finditer(text)]):
         said = text[phrase.end():phrase.end() + 300].lstrip("\n *:")
         clause = CLAUSE_END.split(said, maxsplit=1)[0].strip(" *\"'“”`")
-        clause = clause[1:] if clause.count("$") == 1 and clause[0] == "$" and said[len(clause):][:1] == "." else clause
+        if clause.count("$") == 1 and clause[0] == "$" and said[len(clause):][:1] == ".":  # $40_9.$
+            clause = clause[1:]
         if re.search(r"(?i)\b(?:wrong|incorrect)\s*$", text[:phrase.start()][-20:]):
             return ""
         if re.match(r"\W*$|(?:correct|right|consistent|unknown|chosen)\b", clause):
@@ -85,7 +90,7 @@ def answer(text: str) -> str | None:
             return None
         return said[number.start(1):] if number else re.sub(r"^.*?(?:, which is|\bis) (?=\S*\d)", "", said)
     last = text.rsplit("\n", 1)[-1].strip()
-    if last == text and len(last) < 60 and (len(last.split()) < 4 or not re.search("[a-z]{3}|=", last)) and not re.match("(?i)(?:so|it|is|the|hence|thus) ", last) and not re.search(r"\d-\d", last):
+    if last == text and len(last) < 60 and not NO_BARE_ANSWER.match(last):
         return last
     last = re.split(r"[.!?] (?=[A-Z])", last.rstrip(" .*$`\"'"))[-1].replace("*", "").replace("`", "")
     if DENIAL.search(last) or ALTERNATIVES.search(last):
@@ -105,6 +110,7 @@ def verify(response: str, reference) -> bool:
     text = response.rsplit("</think>", 1)[-1].split("<think>", 1)[0]
     if MARKER.search(text):
         return False
-    text = CHATTER.sub("", re.sub(SPECIAL_TOKENS, "", text[-2000:].replace("**", "").replace("\r", "")).strip()).strip()
+    text = re.sub(SPECIAL_TOKENS, "", text[-2000:].replace("**", "").replace("\r", "")).strip()
+    text = CHATTER.sub("", text).strip()
     options = {option(right) for right in texts(reference)} - {None, ""}
     return is_equivalent(letter(text) if options else answer(text), reference, finished=True)
