@@ -3,13 +3,13 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
  1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
-    empty or unclosed one is no answer. Where there is none, the last line may end in "answer is X", "answer: X".
+    empty or unclosed one is no answer. Else the last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
  3. Words, % and $ at a number may be missing on one side. 2 million is a number, 12 dozen is not 12. N% is N,
     and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts. x^2 + y^2 = 25 is only itself.
- 6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text, its words without case.
+ 6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; its words have no case.
  7. verify wants the answer worked out as far as the reference: no operator or term that it lacks, no larger
     number under a root, no more roots in denominators. 6/8 is 0.75, but 12/2 is not 6.
  8. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
@@ -203,7 +203,8 @@ CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple "
     "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro "
     "squared cubed factorial time plus am minus over divided less mod power root inverse repeating "
-    "percentage approximately roughly binary not no than because since maybe pm perhaps probably wrong incorrect".split())
+    "percentage approximately roughly binary not no than because since maybe pm perhaps probably wrong "
+    "incorrect".split())
 
 
 def spelled(tokens):
@@ -211,7 +212,7 @@ def spelled(tokens):
 
 
 def split(tokens, separators):
-    """The parts, and the separators between them, outside brackets; [] if a part or a bracket lacks."""
+    """The parts, and the separators between them, outside brackets; [] if a part or a bracket is missing."""
     parts, depth = [[]], 0
     for token in tokens:
         depth += (token in OPENING) - (token in CLOSING)
@@ -260,11 +261,11 @@ def related(sides):
     """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
     answers, signs = [read(side) for side in sides[::2]], "".join(sum(sides[1::2], []))
     text = spelled(sum(sides, []))
-    named = NAMING.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))
-    values, equals = (answers[1:], "=" + signs[len(sides[1][0]):]) if named else (answers, signs)
+    name = NAMING.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))  # f(2) and x_1 too
+    values, equals = (answers[1:], "=" + signs[len(sides[1][0]):]) if name else (answers, signs)
     if set(equals) != {"="} or "%" in text or not all(equal(value, values[0]) for value in values):
         return Group(signs, answers)
-    return Named(spelled(sides[0]), values[-1]) if named else values[-1]
+    return Named(spelled(sides[0]), values[-1]) if name else values[-1]
 
 
 # ------------------------------------------------------------------------------------------------ Verdicts

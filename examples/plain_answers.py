@@ -1,11 +1,11 @@
-r"""A lenient verifier for outputs that follow no format: for evaluation, and an example of a reward of your own.
+r"""A lenient verifier for outputs that follow no format: for evaluation, and an example of a reward.
 
     python icpo.py --reward examples.plain_answers:verify ...
 
-What verify.py accepts counts; if there is a \boxed{}, <answer> or ####, it alone decides. Else, in this order:
+What verify.py accepts counts; if there is a \boxed{}, <answer> or ####, it alone decides. Else, in order:
 
  1. the last "answer is ..." or "answer: ..." that says something, up to the end of its clause;
- 2. for an option A to J, a sentence like "It is B" or "So B is correct", or a first or last line "B" or "B) cells";
+ 2. for an option, a sentence like "It is B" or "So B is correct", or a first or last line "B" or "B) 12";
  3. the whole response, if it is one short line; else what the last sentence ends in, a number or an equation.
 
 A sentence that denies, doubts, supposes or asks says nothing. Of several answers, none counts.
