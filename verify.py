@@ -9,7 +9,7 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
     and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts. x^2 + y^2 = 25 is only itself.
- 6. For an option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; its words have no case.
+ 6. An option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; case does not count.
  7. verify wants the answer worked out as far as the reference: no operator or term that it lacks, no larger
     number under a root, no more roots in denominators. 6/8 is 0.75, but 12/2 is not 6.
  8. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
@@ -33,7 +33,7 @@ for _ in range(9):  # levels of braces
 NUMERIC = r"[-+−]?(?:\\?[$€£₹])?[-+−]?[\d.][\d.,/]*+(?: ?(?:\\?%|[a-z]+))?"
 HASHES = rf"####(?<!#####)(?!#)[ *]*+(?:{NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
 MARKER = re.compile(rf"<answer>|\\boxed(?![a-z])|\\fbox(?![a-z])|boxed(?=\{{)|{HASHES}")
-CONTENT = re.compile(rf"<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####(.*?)(?:[\n\r<]|\Z)", re.DOTALL)
+CONTENT = re.compile(rf"(?s)<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####([^\n\r<]*)")
 SIGN = re.compile(r"(?<![\d)\]}])(?<![\d)\]}] )[-−]\$?\Z")  # -\boxed{5}
 # What denies or doubts an answer stands before "the answer", so a clause must start there.
 CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
@@ -76,7 +76,7 @@ RULES = [re.split(" {3,}", line)[:2] for line in r'''
 ["\u200b-\u200f\u2060\ufeff]   ␣   zero-width characters never join digits
 \}\^\{   nothing   10²³
 ^(\d+)-(\d+)$   \1"to\2   2004-2008 is a range
-(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|times|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
+(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
 ,\\! ?|\{,\}   ,   1{,}000
 \\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!   nothing   \left(
 \\mathrm ?\{([ei])\}   \1   \mathrm{e}
@@ -108,8 +108,8 @@ _\{(\w)\}   _\1   x_{1}
 ^\s*([*_'`]+)(.+)\1\s*$   \2   **18**
 ((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)   \1+\2,\1-\2   2 \pm 1
 (?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)   "   words
-(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B))(?![A-Za-z(_]))   "   5cm
-(?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|eV|Hz|Pa|sq|[A-Z]{2}s)(?![A-Za-z(^_]))   "
+(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|eV|Hz|Pa)(?![A-Za-z(_]))   "   5cm
+(?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|sq|[A-Z]{2,3}s)(?![A-Za-z(_]))   "
 (?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?=(?:\^\{\d\})? *$)   "\1   5 N
 ("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])   \1   apples
 '''.strip().split("\n")]
