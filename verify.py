@@ -74,7 +74,7 @@ NAMED = re.compile(r'\\[A-Za-z]+|\\[%$]|"[A-Za-z]+|[<>!]=|[^\x00-\x7f]')
 # In this order: what is replaced, by what (␣ is a blank), and an example.
 RULES = [re.split(" {3,}", line)[:2] for line in r'''
 ["\u200b-\u200f\u2060\ufeff]   ␣   zero-width characters never join digits
-\}\^\{   nothing   10²³
+\^\{(-?\d?)\}\^\{(\d)\}(?:\^\{(\d)\})?   ^{\1\2\3}   10⁻¹²
 ^(\d+)-(\d+)$   \1"to\2   2004-2008 is a range
 (?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
 ,\\! ?|\{,\}   ,   1{,}000
@@ -306,7 +306,7 @@ def work(text):
 def worked_out(a, b):
     if literal := LITERAL.fullmatch(a.text):
         return not any(literal.groups()) or rational(a.value).denominator > 1  # 12/2
-    symbols, others = (sorted(re.sub(r"\\[A-Za-z]+|\W", "", x.text)) for x in (a, b))
+    symbols, others = (sorted(re.sub(r"\\[A-Za-z]+|\W|(?<!\d)1(?!\d)", "", x.text)) for x in (a, b))
     if LITERAL.fullmatch(b.text) or symbols != others and symbols[-1].isalpha():
         return False
     return all(x <= y for x, y in zip(work(a.text), work(b.text)))

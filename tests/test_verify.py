@@ -60,7 +60,7 @@ def test_1_only_the_last_marker_counts(response, answer, right):
 EQUAL = r"""
 yes 18 ~ 18.0 ;; +18 ~ 18 ;; -3/4 ~ \frac{-3}{4} ;; 1,234.50 ~ 1234.5 ;; 1{,}000 ~ 1\,000 ;; 007 ~ 7
 yes −4 ~ -4 ;; 1 3/4 ~ 7/4 ;; 1\frac34 ~ 1.75 ;; ½ ~ 0.5 ;; 4.5 x 10^{33} ~ 4.5e33 ;; 2^{10} ~ 1024
-yes १२ ~ 12 ;; 10² ~ 100 ;; ‑5 ~ -5 ;; \sqrt{12} ~ 2\sqrt3 ;; \frac{1}{\sqrt{2}} ~ \frac{\sqrt{2}}{2}
+yes १२ ~ 12 ;; 10⁻¹² ~ 1e-12 ;; ‑5 ~ -5 ;; \sqrt{12} ~ 2\sqrt3 ;; \frac{1}{\sqrt{2}} ~ \frac{\sqrt{2}}{2}
 yes (1+\sqrt2)^2 ~ 3+2\sqrt2 ;; 4\sqrt(2) ~ \sqrt{32} ;; 2\pi r ~ r \cdot 2\pi ;; (x+1)^2 ~ x^2+2x+1
 yes \ln 2 ~ \ln(2) ;; \frac x2 ~ 0.5x ;; \sin\theta ~ \sin \theta ;; \frac{1}{1+\sqrt2} ~ \sqrt2-1
 yes \sqrt[3]{8} ~ \sqrt[3]{8} ;; \\frac{1}{2} ~ 0.5 ;; 6 - 5i ~ 6-5i ;; \mathrm{e}^2 ~ e^2
