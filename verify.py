@@ -307,7 +307,7 @@ def worked_out(a, b):
     if literal := LITERAL.fullmatch(a.text):
         return not any(literal.groups()) or rational(a.value).denominator > 1  # 12/2
     symbols, others = (sorted(re.sub(r"\\[A-Za-z]+|\W|(?<!\d)1(?!\d)", "", x.text)) for x in (a, b))
-    if LITERAL.fullmatch(b.text) or symbols != others and symbols[-1].isalpha():
+    if LITERAL.fullmatch(b.text) or symbols != others and symbols[-1:] >= ["A"]:
         return False
     return all(x <= y for x, y in zip(work(a.text), work(b.text)))
 

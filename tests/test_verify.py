@@ -117,6 +117,7 @@ def test_2_to_6_equal_answers(answer, reference, right):
 
 
 FINISHED = r"""
+yes \pi ~ \frac{2\pi}{2} ;; 12/8 ~ 1.5
 yes 6/8 ~ 0.75 ;; 7/4 ~ 1 3/4 ;; 1.5 \times 10^3 ~ 1500 ;; 2+3 = 5 ~ 5 ;; \frac{35}{25} ~ \frac75
 yes 0.5x ~ 0.5x ;; \frac12+\frac{\sqrt3}{2} ~ \frac{1+\sqrt3}{2} ;; \frac{\sqrt2}{2} ~ \frac{1}{\sqrt2}
 yes 1+x ~ x+1 ;; 27 ~ 3^3 ;; \frac12\sqrt3 ~ \frac{\sqrt3}{2} ;; (3+x)(x+2) ~ (x+2)(x+3) ;; 12\pi ~ 12\pi
