@@ -9,8 +9,8 @@ One training step, numbered as in train_step:
   1. Sample G responses to each of P prompts, and keep the log-prob of every token.       sample
   2. Verify each response against the reference answer: reward R.                         verify.py
   3. Sequence log-prob l, the "confidence": mean log-prob of its tokens [summary]         sequence_log_prob
-  4. Preference advantage s: compare l in pairs, less probable wins [paper, ours]         preference_advantage
-  5. Advantage A: R + alpha * s, normalized over the group as in GRPO [paper, ours]       icpo_advantage
+  4. Preference advantage s: l compared in pairs [paper], less probable wins [ours]       preference_advantage
+  5. Advantage A: R + alpha * s [ours], normalized over the group as in GRPO [paper]      icpo_advantage
   6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
 
 Marks: [paper] the paper's abstract or its authors' README, [summary] a public summary, [ours] our own reading
@@ -172,7 +172,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
 
 @dataclass
 class Rollout:
-    """B responses with their prompts, at first B = P * G in order. Masks come from lengths, not token ids."""
+    """B responses with their prompts: P * G in prompt order, fewer after select. Masks come from lengths."""
 
     prompts: Tensor         # (B, N) token ids, padded on the left
     prompt_lengths: Tensor  # (B,)
@@ -237,7 +237,7 @@ def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
     prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
     log_probs, entropies = torch.zeros(2, B, T, dtype=torch.float32, device=device)
-    # The loop fills the rollout in place. What is unfinished at its end is truncated.
+    # The loop fills the rollout in place. All rows are unfinished now; what still is at the end is truncated.
     rollout = Rollout(prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler),
                       torch.zeros_like(prompt_lengths), prompt_lengths > 0, log_probs, entropies)
     positions, unfinished = rollout.positions, rollout.truncated
@@ -392,7 +392,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     skipped = 0
     for epoch in range(config.inner_epochs):
         policy.zero_grad()  # all of it: weights that the optimizer lacks count in the norm, too
-        sums = Counter()  # reads as 0 where a key is missing: kl_ref without a reference, all without rows
+        sums = Counter()  # a missing key reads as 0: no reference model, or no rows
         for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5, disable=None)):
             batch = rollout.select(chunk)
             log_probs = token_log_probs(policy, batch, config.temperature)
@@ -439,7 +439,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     # 2. Verify.
     rewards, failed = score_responses(reward, responses, examples)
     require(optimizer.state or not failed.all(),
-            f"--reward {config.reward}: all calls of the first step failed")
+            f"--reward {config.reward or 'verify:verify'}: all calls of the first step failed")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
     require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
@@ -515,8 +515,8 @@ def check(config):
     may_be_0 = "seed warmup_steps alpha clip_low clip_high kl_coef eval_samples"
     for name, value in vars(config).items():
         if type(value) in (int, float) and name != "beta":
-            flag = "--" + name.replace("_", "-")
-            require(value > 0 or value == 0 and name in may_be_0, f"{flag} {value}: out of range")
+            require(value > 0 or value == 0 and name in may_be_0,
+                    f"--{name.replace('_', '-')} {value}: out of range")
     require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
     require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
     require(isfinite(config.beta), "--beta: must be finite")
@@ -526,9 +526,7 @@ def check(config):
 
 # --------------------------------------------------------------------------------------------- Model and data
 
-# What transformers and its models raise when something is wrong with a model.
-FOREIGN = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError,
-           SafetensorError)
+NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's folder, when it is saved again
 
 
@@ -584,7 +582,9 @@ def load_model(path, device, gradient_checkpointing=False):
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
-    except (*FOREIGN, UserError) as error:
+    except NO_MEMORY:
+        raise
+    except Exception as error:  # a damaged file or a foreign model raises what it likes
         reason = " ".join((str(error) or repr(error)).split())[:200]
         raise UserError(f"--model {path}: {reason}; give the folder or hub name of a whole model (of a run, "
                         f"its folder model), no LoRA adapter, no file")
@@ -611,9 +611,10 @@ def save_model(policy, eos_ids, target):
     config = AutoConfig.from_pretrained(source)
     policy.generation_config = GenerationConfig()  # some that can be loaded cannot be saved
     policy.to(config.dtype or config.get_text_config().dtype or torch.float32).save_pretrained(target)
-    for path in (path for pattern in COPIED for path in Path(source).glob(pattern)):
-        if not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
+    for pattern in COPIED:
+        for path in Path(source).glob(pattern):
+            if not path.name.endswith(".index.json"):  # of weights in several files
+                shutil.copyfile(path, target / path.name)
     path = target / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": eos_ids}, indent=2))
 
@@ -625,7 +626,7 @@ def load_reward(spec):
     try:
         return pkgutil.resolve_name(spec or "verify:verify")
     except (Exception, SystemExit) as error:  # the user's module runs when it is imported
-        raise UserError(f"--reward {spec}: {error!r}; give module:function, importable from here")
+        raise UserError(f"--reward {spec or 'verify:verify'}: {error!r}; give module:function, found here")
 
 
 def encode(prompt, tokenizer, config):
@@ -722,7 +723,9 @@ def load_checkpoint(out, policy, optimizer):
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-    except FOREIGN:
+    except NO_MEMORY:
+        raise
+    except Exception:  # what the reader of a damaged file raises, or of weights of another shape
         raise UserError(f"--resume: no checkpoint of this model in {out}, or a damaged one: start a new run")
     for log, size in state["log_sizes"].items():
         os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
@@ -736,7 +739,7 @@ def train(config):
     """
     check(config)
     require(config.model and config.train_data, "--model and --train-data need each other")
-    name = strftime(f"runs/{Path(config.model).absolute().name}-%Y%m%d-%H%M%S")
+    name = f"runs/{Path(config.model).absolute().name}-{strftime('%Y%m%d-%H%M%S')}"
     # Absolute, since the reward function may change the working folder.
     out = Path(config.resume or config.output_dir or name).absolute()
     require(config.resume or not any(out.glob("*")),
@@ -746,9 +749,9 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    rows = policy.get_input_embeddings().num_embeddings
-    require(max(max(example.ids) for example in examples + held_out) < rows,
-            f"--model {config.model}: a prompt has a token beyond the {rows} rows of its embedding")
+    vocab_size = policy.get_input_embeddings().num_embeddings
+    require(max(max(example.ids) for example in examples + held_out) < vocab_size,
+            f"--model {config.model}: a prompt has a token beyond the {vocab_size} of its embedding")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
     out.mkdir(parents=True, exist_ok=True)
@@ -778,11 +781,11 @@ def train(config):
                     print(f"{step}/{config.steps} {line}", flush=True)
             if held_out and (step % config.eval_every == 0 or step == config.steps):
                 metrics |= evaluate(policy, tokenizer, eos_ids, held_out[:config.eval_rows], reward, config)
-            samples = [{"step": step} | row for row in samples[:config.group_size]]  # the first group's
-            for log, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+            for log, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples[:config.group_size])):
                 # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
                 with open(out / log, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                    for row in rows:
+                        file.write(json.dumps({"step": step} | row, ensure_ascii=False) + "\n")
             if step % config.save_every == 0 or step == config.steps:
                 save_checkpoint(out, step, policy, optimizer)
                 saved = step
@@ -800,7 +803,7 @@ def parse(arguments):
     for name, comment in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
         default = getattr(Config, name)
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
-        parser.add_argument("--" + name.replace("_", "-"), help=f"{comment} (default: {default!r})", **kind)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{comment} (default: {default!r})", **kind)
     # A space keeps argparse from taking -1e1 for a flag, and float() does not mind it.
     given = vars(parser.parse_args([re.sub(r"^-(?=[\d.])", " -", argument) for argument in arguments]))
     saved = json.loads(Path(given["resume"], "config.json").read_text()) if "resume" in given else {}
@@ -819,11 +822,11 @@ def main(arguments=None):
         train(config)
         return 0
     except KeyboardInterrupt as stop:
-        print(f"\nicpo.py: stopped; {stop}", file=sys.stderr)
+        print("\nicpo.py:", "; ".join(("stopped", *stop.args)), file=sys.stderr)
         return 130
     except (UserError, OSError, SafetensorError) as error:
         message = error
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except NO_MEMORY as error:
         message = (f"{error}: lower --micro-batch or add --gradient-checkpointing, as --resume allows, or "
                    "start anew with a lower --max-new-tokens")
     print(f"icpo.py: error: {message}", file=sys.stderr)

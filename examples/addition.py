@@ -52,7 +52,7 @@ def demonstration(a: int, b: int, usual_error: float) -> str:
 
 def prepare(seed: int = 0, usual_error: float = 0.95, imitation_steps: int = 1800) -> list[str]:
     """The flags of icpo.py that train the tiny model on its sums; both are made first, if need be."""
-    torch.set_num_threads(1)  # threads that wait for each other make minutes of seconds on a busy machine
+    torch.set_num_threads(1)  # on a busy machine, several wait for each other
     folder = ROOT / f"runs/task/{usual_error}-{imitation_steps}-{seed}"
     if not folder.exists():
         print("first the tiny model imitates the teacher, for a minute or two", flush=True)
