@@ -20,7 +20,7 @@ import real_model  # which puts icpo.py in the path
 import icpo
 import study
 from tables import level, markdown
-from verify import verify
+from examples.plain_answers import verify
 
 CAPITALS = dict(pair.split(": ") for pair in (
     "Afghanistan: Kabul, Albania: Tirana, Algeria: Algiers, Angola: Luanda, Argentina: Buenos Aires, "

@@ -93,7 +93,7 @@ def run(job: dict) -> dict:
     """One run: the job with its curves, and its evaluations before and after."""
     data = {name: str(ROOT / job["settings"][name]) for name in ("train_data", "eval_data")}
     rows = study.train(job["noise"], model=located(job["model"]), seed=job["seed"], device="cpu",
-                       **job["settings"] | data)
+                       reward="examples.plain_answers:verify", **job["settings"] | data)
     return job | study.kept(rows, CURVES)
 
 

@@ -21,7 +21,7 @@ import real_model
 import study
 import tables
 from tests.common import rows_of, tiny
-from verify import verify
+from examples.plain_answers import verify
 
 assert tiny  # a fixture: a saved model with a chat template
 README, TABLES = ((folder / "README.md").read_text() for folder in (RESULTS.parent, RESULTS))
