@@ -15,7 +15,6 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  8. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
 """
 
-import itertools
 import math
 import random
 import re
@@ -105,7 +104,7 @@ _\{(\w)\}   _\1   x_{1}
 (?<![\d.]\d{3}),(?=(?:\d{3},)*\d{3}(?![\d]|,\d)(?![^()\[\]]*[)\]])(?!.*\\\}))   nothing   1,234
 ^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))   nothing   = 5
 ^(.*(?:\\frac|\\sqrt|\\pi|/).*)\\approx *-?[\d.]+ *$   \1   1/3 \approx 0.333
-^\s*([*_'`]+)(.+)\1\s*$   \2   **18**
+^\s*([*_'`]{1,3})(.+)\1\s*$   \2   **18**
 ((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)   \1+\2,\1-\2   2 \pm 1
 (?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)   "   words
 (?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|eV|Hz|Pa)(?![A-Za-z(_]))   "   5cm
@@ -204,7 +203,7 @@ CHANGING = set(  # after a number, these make another of it
     "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro "
     "squared cubed factorial time plus am minus over divided less mod power root inverse repeating "
     "percentage approximately roughly binary not no than because since maybe pm perhaps probably wrong "
-    "incorrect".split())
+    "incorrect trillion quadrillion mil doubled twice".split())
 
 
 def spelled(tokens):
@@ -333,8 +332,15 @@ def texts(answer):
     """An answer, or the items of a list, as text, or what its marker holds; none of what cannot be read."""
     items = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
     items = items if isinstance(items, (list, tuple)) else [items]
-    items = [x for x in items if isinstance(x, str) or isinstance(x, Number) and x == x and abs(x) < 10**999]
-    return [text for x in map(str, items) if (text := x.strip() if marked(x) is None else marked(x))]
+    found = []
+    for x in items:
+        try:
+            known = isinstance(x, str) or isinstance(x, Number) and abs(x) < math.inf  # no NaN either
+            text = str(x) if known else ""
+        except (ArithmeticError, ValueError):  # a signaling NaN, or more digits than Python writes
+            continue
+        found.append(text.strip() if marked(text) is None else marked(text))
+    return [text for text in found if text]
 
 
 def parse(text):
@@ -349,9 +355,12 @@ def parse(text):
 
 def is_equivalent(answer, reference, finished: bool = False) -> bool:
     """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
-    for text, other in itertools.product(texts(answer), texts(reference)):
+    answers = [(option(text), parse(text)) for text in texts(answer)]
+    for other in texts(reference)[:100]:  # of a list, in bounded time
         letter = None if "a" <= other < "k" else option(other)  # a lower-case letter is a name
-        if option(text) == letter if letter else equal(parse(text), parse(other), finished):
+        expected = parse(other)
+        if any(named_option == letter if letter else equal(value, expected, finished)
+               for named_option, value in answers):
             return True
     return False
 
@@ -368,6 +377,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
 
 def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
     """The reward as TRL calls it, of strings or messages; None, which TRL skips, if there is no reference."""
-    references = answer or solution or ground_truth or [None] * len(completions)
+    given = [column for column in (answer, solution, ground_truth) if column is not None]
+    references = given[0] if given else [None] * len(completions)
     responses = [x if isinstance(x, str) else x[-1]["content"] if x else "" for x in completions]
     return [float(verify(*pair)) if texts(pair[1]) else None for pair in zip(responses, references)]
