@@ -21,7 +21,7 @@ Glossary. P prompts, G responses each, B = P * G prompt-major rows, N positions 
 left), T positions for the response (padded on the right), V vocabulary size:
   o_i         rollout.ids          (B, T)
   L_i         rollout.lengths      (B,)    tokens of the response, its end-of-sequence token included
-  l_i, s_i    confidence (seq_log_probs in the functions), preference  (P, G)
+  l_i, s_i    confidence, preference  (P, G)
   R_i, A_i    rewards, advantages     (P, G)
   log pi      log_probs            (B, T)  from the update's current forward pass
   log pi_old  one quantity, taken twice: rollout.log_probs (B, T) by the sampler, for l; old_log_probs (B, T)
@@ -60,7 +60,7 @@ from transformers import (
 
 # ------------------------------------------------------------------------------------------------- The method
 
-def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
+def sequence_log_prob(log_probs, mask):
     """The confidence of each response [summary]: its mean log-prob per token, so that lengths compare:
 
         l_i = (1 / L_i) * sum over t of log pi_old(o_i,t | q, o_i,<t)
@@ -69,48 +69,54 @@ def sequence_log_prob(log_probs: Tensor, mask: Tensor) -> Tensor:
     0 for a response without tokens.
     """
     mask = mask.bool()
-    sums = torch.where(mask, log_probs.float(), 0).sum(dim=1)
-    return sums / mask.sum(dim=1).clamp(min=1)
+    sums = torch.where(mask, log_probs.float(), 0).sum(dim=-1)
+    return sums / mask.sum(dim=-1).clamp(min=1)
 
 
-def preference_advantage(seq_log_probs: Tensor, beta: float) -> Tensor:
+def finite(values):
+    """values in float32, detached. Raises ValueError for NaN or infinity, which would spread over a group."""
+    values = values.detach().float()
+    if not values.isfinite().all():
+        raise ValueError("a reward, a confidence or beta is not finite")
+    return values
+
+
+def preference_advantage(confidence, beta):
     """How much each response is preferred to the rest of its group, by the model's own log-probs alone.
 
         P(i > j) = sigmoid(beta * (l_j - l_i))      less probable is preferred; Bradley-Terry form [ours]
         s_i = mean over j != i of 2 P(i > j) - 1    a score from pairwise comparisons [paper]; its form [ours]
 
-    seq_log_probs (P, G), the confidence l in nats per token; beta, finite, in tokens per nat (below 0 the
-    more probable response is preferred) -> s (P, G) float32 in [-1, 1], detached. It sums to 0 over a group,
-    is 0 if all tie, and tends to (wins - losses) / (G - 1) as beta grows. Raises ValueError if G < 2.
+    confidence (..., G), l in nats per token; beta in tokens per nat (below 0 the more probable response is
+    preferred) -> s (..., G) float32 in [-1, 1], detached. It sums to 0 over a group, is 0 if all tie, and
+    tends to (wins - losses) / (G - 1) as beta grows. Raises ValueError if a value is not finite.
     """
-    G = seq_log_probs.shape[-1]
-    if G < 2:
-        raise ValueError("a group needs at least 2 responses to compare")
-    l = seq_log_probs.detach().float()
-    gaps = l[:, None, :] - l[:, :, None]  # (P, G, G): gaps[p, i, j] is l_j - l_i
+    confidence = finite(confidence)
+    gaps = confidence[..., None, :] - confidence[..., :, None]  # (..., G, G): gaps[..., i, j] is l_j - l_i
     # 2 sigmoid(x) - 1 = tanh(x / 2), and j = i adds 0 to the sum.
-    return torch.tanh(beta * gaps / 2).sum(dim=-1) / (G - 1)
+    return torch.tanh(beta * gaps / 2).sum(dim=-1) / max(1, gaps.shape[-1] - 1)
 
 
-def uniform_groups(rewards: Tensor) -> Tensor:
-    """True for each group whose rewards are all equal, up to rounding: rewards (P, G) -> (P, 1) bool."""
+def uniform_groups(rewards):
+    """True for each group whose rewards are all equal, up to rounding: (..., G) -> (..., 1) bool."""
     low, high = rewards.float().aminmax(dim=-1, keepdim=True)
     return high - low <= 1e-6 * torch.maximum(high, -low)  # relative to the largest |r|
 
 
-def group_advantage(rewards: Tensor) -> Tensor:
+def group_advantage(rewards):
     """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
 
-    rewards (P, G) -> (P, G) float32. Groups of equal rewards get exactly 0, which an epsilon of 1e-8 in the
-    denominator would not ensure: by rounding alone, eight rewards of 0.7 have a std of 6e-8.
+    rewards (..., G) -> (..., G) float32. Groups of equal rewards get exactly 0, and so does a group of one.
+    An epsilon of 1e-8 in the denominator would not ensure it: by rounding alone, eight rewards of 0.7 have a
+    std of 6e-8. Raises ValueError if a reward is not finite.
     """
-    r = rewards.detach().float()
+    r = finite(rewards)
     centered = r - r.mean(dim=-1, keepdim=True)
-    return torch.where(uniform_groups(r), 0, centered / r.std(dim=-1, keepdim=True))
+    std = r.std(dim=-1, keepdim=True, correction=min(1, r.shape[-1] - 1))
+    return torch.where(uniform_groups(r), 0, centered / std)
 
 
-def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: float,
-                   keep_uniform_groups: bool = False) -> Tensor:
+def icpo_advantage(rewards, confidence, alpha, beta, keep_uniform_groups=False):
     """Adds the preference advantage to the verified reward: at the reward [paper], as a sum [ours].
 
         A = group_advantage(R + alpha * s)
@@ -122,28 +128,30 @@ def icpo_advantage(rewards: Tensor, seq_log_probs: Tensor, alpha: float, beta: f
     Groups of equal rewards get 0 [ours]: with only s left, normalizing would blow it up to the size of a
     reward, and a model that errs at random would collapse. keep_uniform_groups gives them alpha * s instead,
     not normalized.
-    rewards, seq_log_probs (P, G) -> (P, G) float32. Raises ValueError if G < 2.
+    rewards, confidence (..., G) -> (..., G) float32. Raises ValueError if their shapes differ, or if a value
+    is not finite.
     """
-    preference = preference_advantage(seq_log_probs, beta)
+    if rewards.shape != confidence.shape:
+        raise ValueError(f"rewards are {rewards.shape}, confidence is {confidence.shape}")
+    preference = preference_advantage(confidence, beta)
     advantages = group_advantage(rewards + alpha * preference)
     if_uniform = alpha * preference if keep_uniform_groups else 0
     return torch.where(uniform_groups(rewards), if_uniform, advantages)
 
 
-def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor,
-                clip_low: float = 0.2, clip_high: float = 0.28, aggregation: str = "token",
-                normalizer: Tensor | int | None = None, ref_log_probs: Tensor | None = None,
-                kl_coef: float = 0.0) -> tuple[Tensor, dict]:
+def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.28, aggregation="token",
+                normalizer=None, ref_log_probs=None, kl_coef=0.0):
     """The clipped loss of PPO and GRPO, with DAPO's separate upper clip and an optional KL penalty.
 
         ratio = exp(log pi - log pi_old)
         loss = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) + kl_coef * (exp(d) - d - 1)
         d = log pi_ref - log pi; the last term is Schulman's k3, whose mean under pi is KL(pi || pi_ref)
 
-    log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), mask (B, T) of any dtype -> a scalar, and
-    a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_old (of KL(pi_old || pi)) and
-    kl_ref. aggregation: "token" weights all tokens equally, "sequence" all responses; else ValueError.
-    normalizer: the number of tokens or responses in the whole optimizer batch; None counts this call's.
+    log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), (B, 1) or (B, T), mask (B, T) of any
+    dtype -> a scalar, and a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_old
+    (of KL(pi_old || pi)) and kl_ref. aggregation: "token" weights all tokens equally, "sequence" all
+    responses; else ValueError. normalizer: the number of tokens or responses in the whole optimizer batch;
+    None counts this call's.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -153,7 +161,7 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     else:
         raise ValueError(f"aggregation is 'token' or 'sequence', not {aggregation!r}")
 
-    A = advantages[:, None]
+    A = torch.where(mask, advantages.reshape(len(mask), -1), 0)
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0)
     ratio = log_ratio.exp()
     objective = ratio * A

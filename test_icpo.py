@@ -93,11 +93,11 @@ def test_s_of_ties_is_exactly_zero(G):
     assert preference_advantage(torch.full((1, G), -0.7), 1e6).eq(0).all()
 
 
-def test_groups_of_one_and_empty_prompts_are_refused():
-    with pytest.raises(ValueError, match="at least 2"):
-        preference_advantage(torch.zeros(1, 1), 1.0)
-    with pytest.raises(ValueError, match="at least one token"):
-        sample(qwen2(), [[1], []], 2, 3, [])
+@pytest.mark.filterwarnings("error")
+def test_a_group_of_one_is_compared_with_nothing_and_gets_zero():
+    one = torch.tensor([[-3.0], [1.0]])
+    assert preference_advantage(one, 10.0).eq(0).all() and group_advantage(one).eq(0).all()
+    assert all(icpo_advantage(one, -one, 0.3, 10.0, keep).eq(0).all() for keep in (False, True))
 
 
 # ---------------------------------------------------------------------------------- Group and ICPO advantages
@@ -178,6 +178,35 @@ def test_the_std_of_a_group_is_unbiased():
     assert_close(A.diagonal(), torch.full((8,), 7 / math.sqrt(8)))  # 2.474
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5)])
+def test_groups_come_in_any_leading_dimensions(shape):
+    rewards, l = (x[:math.prod(shape) // 5].view(shape) for x in (REWARDS.round(), L))
+    for function, own, flat in (
+            (lambda r, l: preference_advantage(l, 3.0), preference_advantage(L, 3.0), 5),
+            (lambda r, l: group_advantage(r), group_advantage(REWARDS.round()), 5),
+            (lambda r, l: uniform_groups(r), uniform_groups(REWARDS.round()), 1),
+            (lambda r, l: icpo_advantage(r, l, 0.3, 3.0), icpo_advantage(REWARDS.round(), L, 0.3, 3.0), 5)):
+        assert torch.equal(function(rewards, l), own[:math.prod(shape) // 5].view(*shape[:-1], flat))
+
+
+@pytest.mark.parametrize("rewards, l", [((8, 1), (1, 8)), ((8,), (1, 8)), ((2, 4), (4, 2)), ((2, 4), (2, 1))])
+def test_rewards_and_l_of_different_shapes_are_refused(rewards, l):
+    with pytest.raises(ValueError, match="rewards are.*confidence is"):
+        icpo_advantage(torch.ones(rewards), torch.ones(l), 0.1, 10.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_refused(value):
+    bad = BINARY.clone()
+    bad[7, 2] = value
+    for call in (
+            lambda: preference_advantage(bad, 10.0), lambda: group_advantage(bad),
+            lambda: icpo_advantage(bad, L, 0.1, 10.0), lambda: icpo_advantage(BINARY, bad, 0.1, 10.0),
+            lambda: icpo_advantage(BINARY, bad, 0.0, 10.0), lambda: icpo_advantage(BINARY, L, 0.1, value)):
+        with pytest.raises(ValueError, match="not finite"):
+            call()
+
+
 METHOD = {
     sequence_log_prob: (L, BINARY), preference_advantage: (L, 5.0), uniform_groups: (BINARY,),
     group_advantage: (BINARY,), icpo_advantage: (BINARY, L, 0.3, 5.0),
@@ -186,9 +215,12 @@ METHOD = {
 
 @pytest.mark.parametrize("function", METHOD)
 def test_the_functions_work_pasted_with_those_they_call(function):
-    needed = [other for other in METHOD if other.__name__ in function.__code__.co_names]
-    sources, pasted = map(inspect.getsource, [*needed, function]), {}
-    exec("\n".join(["import torch; from torch import Tensor", *sources]), pasted)
+    pasted = {}
+    exec("import torch", pasted)
+    called = [function]
+    for caller in called:  # which grows by those that it calls, and those call
+        exec(inspect.getsource(caller), pasted)
+        called += [callee for callee in (*METHOD, icpo.finite) if callee.__name__ in caller.__code__.co_names]
     assert_close(pasted[function.__name__](*METHOD[function]), function(*METHOD[function]))
 
 
@@ -239,6 +271,15 @@ def test_the_loss_equals_a_loop_over_tokens_and_the_stats_are_its_sums(batch, dt
     assert loss.item() == pytest.approx(statistics.mean(losses))
     sums = dict(tokens=18, clipped=sum(clipped), kl_old=sum(kl_old), kl_ref=sum(kl_ref))
     assert {name: value.item() for name, value in stats.items()} == pytest.approx(sums)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 7)])
+def test_advantages_may_be_given_per_token(batch, shape):
+    loss, stats = policy_loss(**batch)
+    batch["advantages"] = batch["advantages"][:, None].expand(shape)
+    if shape == (5, 7):
+        batch["advantages"] = batch["advantages"].where(batch["mask"], torch.nan)
+    assert_close(policy_loss(**batch), (loss, stats), rtol=0, atol=0)
 
 
 def test_aggregation_by_sequence_weights_all_responses_equally(batch):
@@ -322,6 +363,11 @@ def gpt2():  # absolute positions and dropout
 @pytest.fixture(params=[qwen2, gpt2])
 def model(request):
     return request.param()
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        sample(qwen2(), [[1], []], 2, 3, [])
 
 
 def draw(model, group_size=4, max_new_tokens=9, seed=0, eos_ids=(EOS,), temperature=1.0):
