@@ -1,6 +1,5 @@
 """Tests of the examples: the README's code, the engines (where they are installed), the times tables and the plot."""
 
-import copy
 import importlib.util
 import json
 import os
@@ -46,36 +45,57 @@ def test_blocks_of_the_readme(block, sums, tmp_path, monkeypatch):
         assert names["advantages"].shape == (32,)
 
 
-@pytest.mark.parametrize("alpha, iterations", [(0.0, 1), (0.1, 1), (0.4, 2)])
-def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, iterations):
-    """One update of 16 rows in two micro-batches. With 2 iterations TRL computes old log-probs, with 1 it does not."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    from trl_icpo import ICPOTrainer
-    losses = []
+SETTINGS = dict(
+    per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=4, max_completion_length=8, max_steps=1,
+    epsilon_high=0.28, max_grad_norm=0, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none",
+    save_strategy="no", disable_tqdm=True)
 
-    class Kept(ICPOTrainer):
+
+def reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 3) for ids in completion_ids]
+
+
+def trainer_of(base, tiny, tmp_path, reward=reward, settings={}, **kwargs):
+    """A trainer of 4 groups of 4 responses; what it hands to the update is its `kept`."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+
+    class Kept(base):
+        losses, kept = [], None
+
         def _generate_and_score_completions(self, inputs):
             self.kept = super()._generate_and_score_completions(inputs)
             return self.kept
 
         def _compute_loss(self, model, inputs):
-            losses.append(super()._compute_loss(model, inputs))
-            return losses[-1]
+            self.losses = [*self.losses, super()._compute_loss(model, inputs)]
+            return self.losses[-1]
 
         def create_optimizer(self):
             self.optimizer = Keep(self.model.parameters(), lr=0.0)
             return self.optimizer
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    policy = copy.deepcopy(model)
-    config = trl.GRPOConfig(
-        str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, num_generations=4,
-        max_completion_length=8, max_steps=1, num_iterations=iterations, epsilon_high=0.28, max_grad_norm=0,
-        gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True)
-    trainer = Kept(
-        model, lambda completion_ids, **kwargs: [float(sum(ids) % 3) for ids in completion_ids], config,
+    return Kept(
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), reward,
+        trl.GRPOConfig(str(tmp_path), **SETTINGS | settings),
         datasets.Dataset.from_dict({"prompt": [f"{i} + 1{'0' * (i % 3)} is" for i in range(16)]}),
-        processing_class=AutoTokenizer.from_pretrained(tiny, padding_side="left"), icpo=dict(alpha=alpha, beta=10.0))
+        processing_class=AutoTokenizer.from_pretrained(tiny, padding_side="left"), **kwargs)
+
+
+def as_trl_divides(rewards, l, alpha):
+    """icpo_advantage, but for the 1e-4 that TRL adds to the std."""
+    A = icpo.icpo_advantage(rewards, l, alpha, 10.0)
+    assert A.any()
+    std = (rewards + alpha * icpo.preference_advantage(l, 10.0)).std(dim=1, keepdim=True)
+    return A * std / (std + 1e-4)
+
+
+@pytest.mark.parametrize("alpha, iterations", [(0.1, 1), (0.4, 2)])
+def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, iterations):
+    """One update of 16 rows in two micro-batches. With 2 iterations TRL computes old log-probs, with 1 it does not."""
+    pytest.importorskip("trl")
+    from trl_icpo import ICPOTrainer
+    trainer = trainer_of(ICPOTrainer, tiny, tmp_path, settings=dict(num_iterations=iterations), alpha=alpha)
+    policy = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     trainer.train()
     kept = trainer.kept
     assert ("old_per_token_logps" in kept) == (iterations == 2)
@@ -89,16 +109,59 @@ def test_trl_agrees_on_advantages_loss_and_gradient(tiny, tmp_path, alpha, itera
         rollout.log_probs = icpo.token_log_probs(policy, rollout)
     l = icpo.sequence_log_prob(rollout.log_probs, rollout.mask).view(4, 4)
     rewards = torch.tensor([float(row.sum() % 3) for row in responses]).view(4, 4)
-    advantages = icpo.icpo_advantage(rewards, l, alpha, 10.0)
-    assert (advantages != 0).any()
+    advantages = as_trl_divides(rewards, l, alpha)
     torch.testing.assert_close(kept["advantages"].view(4, 4), advantages, atol=1e-5, rtol=0)
-    if alpha == 0:  # TRL is the oracle, but for the 1e-4 that it adds to the std
-        std = rewards.std(dim=1, keepdim=True)
-        own = torch.tensor(list(trainer._logs["advantages"])).view(4, 4)
-        torch.testing.assert_close(own * (std + 1e-4) / std.clamp(min=1e-9), advantages, atol=1e-6, rtol=0)
     gradient, metrics = update_gradient(policy, rollout, kept["advantages"], micro_batch=5)
-    assert sum(losses).item() == pytest.approx(metrics["loss"], abs=1e-5)
+    assert sum(trainer.losses).item() == pytest.approx(metrics["loss"], abs=1e-5)
     assert (trainer.optimizer.optimizer.gradient - gradient).norm() < 1e-4 * gradient.norm()
+
+
+def some_none(completion_ids, **kwargs):
+    """A group with two references, one with one, one with none, one with all."""
+    missing = (1, 3, 4, 5, 6, 8, 9, 10, 11)
+    return [None if i in missing else float(sum(ids) % 3) for i, ids in enumerate(completion_ids)]
+
+
+@pytest.mark.parametrize("reward", [reward, some_none])
+@pytest.mark.parametrize("settings", [{}, dict(scale_rewards="none"), dict(scale_rewards="batch"),
+                                      dict(mask_truncated_completions=True), dict(reward_weights=[0.3])], ids=str)
+def test_at_alpha_0_all_of_trls_settings_give_trls_own_advantages(tiny, tmp_path, reward, settings):
+    trl = pytest.importorskip("trl")
+    from trl_icpo import ICPOTrainer
+    settings = settings | dict(per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    own = trainer_of(trl.GRPOTrainer, tiny, tmp_path, reward, settings)
+    own.train()
+    ours = trainer_of(ICPOTrainer, tiny, tmp_path, reward, settings, alpha=0.0)
+    ours.train()
+    assert torch.equal(own.kept["completion_ids"], ours.kept["completion_ids"])
+    assert torch.equal(own.kept["advantages"], ours.kept["advantages"]) and own.kept["advantages"].any()
+    assert list(own._logs["advantages"]) == list(ours._logs["advantages"])
+
+
+def test_trl_compares_only_responses_that_have_a_reward_and_logs_the_advantages_it_uses(tiny, tmp_path):
+    pytest.importorskip("trl")
+    from trl_icpo import ICPOTrainer
+    settings = dict(per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    trainer = trainer_of(ICPOTrainer, tiny, tmp_path, some_none, settings, alpha=0.4)
+    trainer.confidence = lambda: torch.arange(16) / -7
+    trainer.train()
+    assert trainer.kept["advantages"].tolist() == list(trainer._logs["advantages"])
+    rewards = some_none(ids[mask.bool()].tolist() for ids, mask in zip(
+        trainer.kept["completion_ids"], trainer.kept["completion_mask"]))
+    for first in range(0, 16, 4):
+        scored = [i for i in range(first, first + 4) if rewards[i] is not None]
+        R, l = torch.tensor([rewards[i] for i in scored]), torch.tensor(scored) / -7
+        expected = icpo.icpo_advantage(R, l, 0.4, 10.0) if scored else R
+        A = trainer.kept["advantages"][first:first + 4]
+        torch.testing.assert_close(A[[i - first for i in scored]], expected, atol=1e-3, rtol=1e-3)
+        assert A.count_nonzero() == expected.count_nonzero()
+
+
+def test_trl_settings_that_leave_no_sense_to_alpha_are_refused(tiny, tmp_path):
+    pytest.importorskip("trl")
+    from trl_icpo import ICPOTrainer
+    with pytest.raises(ValueError, match="sum_then_normalize"):
+        trainer_of(ICPOTrainer, tiny, tmp_path, settings=dict(multi_objective_aggregation="normalize_then_sum"))
 
 
 KEEPING = """
@@ -144,7 +207,7 @@ def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, 
         "--bf16", "false", "--report_to", "none", "--save_strategy", "no"]
     environment = os.environ | {"PYTHONPATH": str(FOLDER), "HF_HUB_OFFLINE": "1"}
     shown = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert shown.returncode == 0 and "icpo/preference_abs_mean" in shown.stdout, shown.stderr[-3000:]
+    assert shown.returncode == 0 and "rewards/preference/std" in shown.stdout, shown.stderr[-3000:]
     model, tokenizer, _ = icpo.load_model(str(sums / "addition"), "cpu")
     rows, rewards, l = [], [], []
     for output in (torch.load(tmp_path / f"0-{rank}.pt") for rank in range(processes)):
@@ -156,8 +219,8 @@ def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, 
         rewards.append(float(verify(tokenizer.decode(completion, skip_special_tokens=True), int(a) + int(b))))
         tokens = torch.cat([prompt, completion]).tolist()
         l.append(statistics.mean(prefix_log_prob(model, tokens, t) for t in range(len(prompt), len(tokens))))
-    expected = icpo.icpo_advantage(torch.tensor(rewards).view(9, 4), torch.tensor(l).view(9, 4), 0.1, 10.0)
-    assert len(rows) == 36 and (expected != 0).any()
+    expected = as_trl_divides(torch.tensor(rewards).view(9, 4), torch.tensor(l).view(9, 4), 0.1)
+    assert len(rows) == 36
     torch.testing.assert_close(torch.stack([row[-1] for row in rows]).view(9, 4), expected, atol=1e-4, rtol=0)
 
 
