@@ -230,22 +230,31 @@ from verl import DataProto
 from verl.trainer.ppo.v1 import utils
 from icpo import icpo_advantage, sequence_log_prob
 torch.manual_seed(0)
-mask, old = torch.arange(5) < torch.randint(1, 6, (12, 1)), -torch.rand(12, 5)
-rewards = torch.randint(0, 2, (12, 1)) * torch.eye(5)[mask.sum(dim=1) - 1]
-uid = numpy.array(list("abcbcaacbacb"), dtype=object)
-data = DataProto.from_dict({"response_mask": mask.long(), "old_log_probs": old, "token_level_rewards": rewards}, {"uid": uid})
-data = utils.compute_advantage(data, "icpo", config={"icpo": {"alpha": 0.3}})
-rows = torch.tensor([[i for i in range(12) if uid[i] == group] for group in "abc"])
-l = sequence_log_prob(old, mask)
-expected = torch.zeros(12)
-expected[rows.flatten()] = icpo_advantage(rewards.sum(dim=1)[rows], l[rows], 0.3, 10.0).flatten()
-torch.testing.assert_close(data.batch["advantages"], expected[:, None] * mask)
-assert (expected != 0).any()
+uid = numpy.array(list("abcbcaacbacb") + ["alone", "pad", "pad", "short", "short", "short"], dtype=object)
+mask, old = torch.arange(5) < torch.randint(1, 6, (18, 1)), -torch.rand(18, 5)
+rewards = torch.randint(0, 2, (18, 1)) * torch.eye(5)[mask.sum(dim=1) - 1]
+rewards[uid == "pad"], mask[uid == "pad"] = 0.0, False
+
+def advantages(estimator, alpha):
+    data = DataProto.from_dict({
+        "response_mask": mask.long(), "old_log_probs": old, "token_level_rewards": rewards}, {"uid": uid})
+    config = {"icpo": {"alpha": alpha}}
+    return utils.compute_advantage(data, estimator, config=config).batch["advantages"]
+
+scores, l, expected = rewards.sum(dim=1), sequence_log_prob(old, mask), torch.zeros(18)
+for group in set(uid):
+    rows = [i for i in range(18) if uid[i] == group]
+    expected[rows] = icpo_advantage(scores[rows], l[rows], 0.3, 10.0)
+torch.testing.assert_close(advantages("icpo", 0.3), expected[:, None] * mask)
+assert expected[uid == "short"].any() and not expected[uid == "alone"].any()
+own = advantages("grpo", 0.0)
+own[uid == "alone"] = 0  # verl gives a group of one its reward
+torch.testing.assert_close(advantages("icpo", 0.0), own, atol=1e-4, rtol=0)
 """
 
 
 def test_verl_example_in_verls_own_compute_advantage(tmp_path):
-    pytest.importorskip("verl")
+    pytest.importorskip("verl.trainer.ppo.v1.utils", exc_type=ImportError)  # verl's own dependencies, too
     environment = os.environ | {"PYTHONPATH": f"{FOLDER.parent}:{FOLDER}", "VERL_USE_EXTERNAL_MODULES": "verl_icpo"}
     shown = subprocess.run([sys.executable, "-c", VERL], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr[-3000:]

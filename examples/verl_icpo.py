@@ -10,7 +10,6 @@ compute_advantage on a batch of tensors. Not run: a training, for which verl nee
 
 import functools
 
-import numpy as np
 import torch
 from verl.trainer.ppo import core_algos, ray_trainer
 
@@ -18,15 +17,16 @@ from icpo import icpo_advantage, sequence_log_prob
 
 
 def icpo(token_level_rewards, response_mask, index, old_log_probs, config=None, **kwargs):
-    """Advantages and returns (B, T), like verl's estimators. The prompt ids in index (B,) make the groups."""
-    _, groups, sizes = np.unique(index, return_inverse=True, return_counts=True)
-    if len(set(sizes)) > 1:
-        raise ValueError(f"icpo needs equally many responses to each prompt, not {set(sizes.tolist())}")
-    order = torch.as_tensor(groups, device=response_mask.device).argsort(stable=True).view(len(sizes), -1)
+    """Advantages and returns (B, T), like verl's estimators. The prompt ids in index (B,) make the groups.
+
+    Groups may be of any size: a failed rollout leaves one short, and verl's padding has an id of its own.
+    """
     rewards, confidence = token_level_rewards.sum(dim=1), sequence_log_prob(old_log_probs, response_mask)
     settings = dict(alpha=0.1, beta=10.0) | dict((config or {}).get("icpo") or {})
     advantages = torch.empty_like(confidence)
-    advantages[order] = icpo_advantage(rewards[order], confidence[order], **settings)
+    for prompt in set(index):
+        group = torch.as_tensor(index == prompt, device=response_mask.device)
+        advantages[group] = icpo_advantage(rewards[group], confidence[group], **settings)
     return (advantages[:, None] * response_mask,) * 2
 
 
