@@ -38,11 +38,15 @@ def test_blocks_of_the_readme(block, sums, tmp_path, monkeypatch):
     for module in re.findall(r"^(?:import|from) (\w+)", block, re.MULTILINE):
         pytest.importorskip(module)
     names = {}
-    exec(block, names)
+    # The third of the four groups that take the place of "yours" has equal rewards.
+    exec(block.replace("torch.rand(32).round()", "torch.tensor([1.0, *[0.0] * 7] * 2 + [1.0] * 8 + [0.0, *[1.0] * 7])"), names)
     if "metrics" in names:
         assert names["metrics"]["reward/errors"] == 0 and len(names["samples"]) == 128
     else:
-        assert names["advantages"].shape == (32,)
+        joined, flat, advantages = (names[name] for name in ("joined", "flat", "advantages"))
+        assert advantages.view(4, 8).any(dim=1).tolist() == [True, True, False, True]
+        torch.testing.assert_close(flat, advantages)
+        torch.testing.assert_close(icpo.group_advantage(joined).flatten(), advantages)
 
 
 SETTINGS = dict(
