@@ -217,7 +217,7 @@ def test_study_runs_what_is_missing_and_no_more(small, monkeypatch, capsys):
     assert all(len(row[name]) == 2 for row in rows for name in (*study.CURVES, "eval/pass_at_k"))
     # Paired: what the first step samples is the same for every method, and another for another seed
     assert len({row["entropy"][0] for row in rows[:3]}) == 1 != len({row["entropy"][0] for row in rows})
-    assert "| holds, 20% flipped | 2 | " in shown and "| holds, 20% flipped: ICPO minus GRPO | " in shown
+    assert shown.count("| holds, 20% flipped | ") == 2
 
 
 def is_odd(response, reference):
