@@ -74,8 +74,11 @@ def sequence_log_prob(log_probs, mask):
 
 
 def finite(values):
-    """values in float32, detached. Raises ValueError for NaN or infinity, which would spread over a group."""
-    values = values.detach().float()
+    """values, a tensor or lists, as a float32 tensor, detached. Raises ValueError for NaN or infinity.
+
+    One of them would spread over its group, in silence.
+    """
+    values = torch.as_tensor(values, dtype=torch.float32).detach()
     if not values.isfinite().all():
         raise ValueError("a reward, a confidence or beta is not finite")
     return values
@@ -99,7 +102,7 @@ def preference_advantage(confidence, beta):
 
 def uniform_groups(rewards):
     """True for each group whose rewards are all equal, up to rounding: (..., G) -> (..., 1) bool."""
-    low, high = rewards.float().aminmax(dim=-1, keepdim=True)
+    low, high = finite(rewards).aminmax(dim=-1, keepdim=True)
     return high - low <= 1e-6 * torch.maximum(high, -low)  # relative to the largest |r|
 
 
@@ -131,6 +134,7 @@ def icpo_advantage(rewards, confidence, alpha, beta, keep_uniform_groups=False):
     rewards, confidence (..., G) -> (..., G) float32. Raises ValueError if their shapes differ, or if a value
     is not finite.
     """
+    rewards, confidence = finite(rewards), finite(confidence)
     if rewards.shape != confidence.shape:
         raise ValueError(f"rewards are {rewards.shape}, confidence is {confidence.shape}")
     preference = preference_advantage(confidence, beta)

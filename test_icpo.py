@@ -189,6 +189,15 @@ def test_groups_come_in_any_leading_dimensions(shape):
         assert torch.equal(function(rewards, l), own[:math.prod(shape) // 5].view(*shape[:-1], flat))
 
 
+def test_lists_do_as_tensors_do():
+    rewards, l = BINARY[7].int(), L[7]
+    A = icpo_advantage(rewards, l, 0.3, 3.0)
+    assert torch.equal(icpo_advantage(rewards.tolist(), l.tolist(), 0.3, 3.0), A)
+    assert torch.equal(preference_advantage(l.numpy(), 3.0), preference_advantage(l, 3.0))
+    assert torch.equal(group_advantage(rewards.tolist()), group_advantage(rewards))
+    assert uniform_groups([1, 1]).item() and not uniform_groups([1, 2]).item()
+
+
 @pytest.mark.parametrize("rewards, l", [((8, 1), (1, 8)), ((8,), (1, 8)), ((2, 4), (4, 2)), ((2, 4), (2, 1))])
 def test_rewards_and_l_of_different_shapes_are_refused(rewards, l):
     with pytest.raises(ValueError, match="rewards are.*confidence is"):
