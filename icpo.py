@@ -50,7 +50,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig, HfArgumentParser,
@@ -167,12 +166,11 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     return (losses * token_weights).sum(), stats
 
 
-# --------------------------------------------------------------------------------------- Sampling and scoring
+# ---------------------------------------------------------- Sampling, scoring, rewards and one training step
 
 @dataclass
 class Rollout:
     """B responses with their prompts: P * G in prompt order, fewer after select. Masks come from lengths."""
-
     prompts: Tensor         # (B, N) token ids, padded on the left
     prompt_lengths: Tensor  # (B,)
     ids: Tensor             # (B, T) token ids of the responses, padded on the right
@@ -205,15 +203,14 @@ class Rollout:
 
 
 def response_logits(model, ids, positions, count, cache=None):
-    """Logits (B, count, V) after each of the last `count` tokens of ids (B, S).
+    """Logits (B, count, V) after each of the last `count` tokens of ids (B, S), at positions (B, cached + S).
 
-    positions (B, cached tokens + S), below 0 on the left padding, which the mask hides. Padding on the right
-    needs no mask: causal attention never sees it. Some models ignore logits_to_keep: cut again.
+    The mask hides the padding on the left, where positions are below 0; causal attention that on the right.
     """
     return model(
         input_ids=ids, attention_mask=(positions >= 0).long(), past_key_values=cache,
         position_ids=positions[:, -ids.shape[1]:].clamp(min=0), use_cache=cache is not None,
-        logits_to_keep=count).logits[:, -count:]
+        logits_to_keep=count).logits[:, -count:]  # cut again: some models ignore logits_to_keep
 
 
 @torch.no_grad()
@@ -231,9 +228,9 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
     prompt_lengths = torch.tensor(list(map(len, repeated)), device=device)
-    log_probs, entropies = torch.zeros(2, B, T, device=device)
-    rollout = Rollout(prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler),
-                      torch.zeros_like(prompt_lengths), prompt_lengths > 0, log_probs, entropies)
+    rollout = Rollout(
+        prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths),
+        prompt_lengths > 0, *torch.zeros(2, B, T, device=device))
     positions = rollout.positions
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
@@ -256,12 +253,12 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
             token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
             token = token.clamp(max=p.shape[-1] - 1)  # NaN gives id V, which crashes a GPU process
             rollout.ids[rows, t, None] = token
-            log_probs[rows, t, None] = log_p.gather(1, token)
-            entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
+            rollout.log_probs[rows, t, None] = log_p.gather(1, token)
+            rollout.entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
             rollout.lengths[rows] = t + 1
             unfinished = ~torch.isin(token.squeeze(1), eos)
             rollout.truncated[rows] = unfinished
-            stay = unfinished.nonzero().squeeze(1)  # waits for the GPU
+            stay = torch.where(unfinished)[0]  # waits for the GPU
             if len(stay) == 0:
                 break
             if len(stay) < len(rows):
@@ -274,9 +271,8 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
 def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
-    Only response positions get logits. Their float32 copies are made in chunks of max_logits elements (at
-    least B * V), and again in the backward pass: all that grows with B * T * V is the model's own logits, in
-    bf16 on a GPU, and their gradient.
+    float32 copies of the logits are made in chunks of max_logits elements (at least B * V), and again in the
+    backward pass: all that grows with B * T * V is the model's own, in bf16 on a GPU, and their gradient.
     """
     input_ids = torch.cat([rollout.prompts, rollout.ids], dim=1)
     with torch.autocast("cuda", torch.bfloat16, enabled=input_ids.is_cuda):
@@ -288,11 +284,9 @@ def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
 
     columns = max(1, max_logits // logits[:, 0].numel())
     chunks = zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1))
-    scores = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    scores = [torch.utils.checkpoint.checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.where(rollout.mask, torch.cat(scores, dim=1), 0)
 
-
-# -------------------------------------------------------- From token ids to rewards and one training step
 
 class UserError(Exception):
     """An error that the user can fix: shown as one line, exit status 2."""
@@ -343,11 +337,9 @@ def score_responses(reward, responses, examples):
 
 
 def rollout_metrics(rollout, rewards, confidence, beta):
-    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
-
-    preference/agreement, in [-1, 1]: do the less probable responses (whatever beta's sign) earn the reward?
-    """
+    """Metrics of a rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2."""
     correct = rewards > 0.5
+    # In [-1, 1] once normalized: do the less probable responses, whatever beta's sign, earn the reward?
     agreement = group_advantage(rewards) * preference_advantage(confidence, abs(beta))
     values = {
         "reward/verified": rewards,
@@ -358,19 +350,19 @@ def rollout_metrics(rollout, rewards, confidence, beta):
         "entropy": rollout.entropies[rollout.mask],
         "length/mean": rollout.lengths,
         "length/truncated_frac": rollout.truncated}
-    return {name: value.float().mean().item() if value.numel() else None for name, value in values.items()}
+    return {name: float(value.float().mean()) if value.numel() else None for name, value in values.items()}
 
 
 @torch.enable_grad()  # the user's reward function may have switched gradients off
 def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the last one's metrics.
 
-    Micro-batches only bound memory: the loss is normalized over the whole batch. Rows whose advantage is
-    exactly 0 count there, but are computed only if the KL needs them. A gradient whose norm is not finite is
-    no step. Raises UserError if, before the optimizer has any state, scored and sampled log-probs disagree.
+    The loss is normalized over the whole batch, in which rows of advantage 0 count, but are computed only if
+    the KL needs them. Where the norm of the gradient is not finite, no step is taken. Raises UserError if,
+    before the optimizer has any state, scored and sampled log-probs disagree.
     """
     normalizer = rollout.lengths.sum() if config.aggregation == "token" else len(advantages)
-    rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
+    rows = torch.where((advantages != 0) | (ref_model is not None))[0]
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
     chunks = rows.split(config.micro_batch) if len(rows) else ()
     old_log_probs, ref_log_probs = [], [None] * len(chunks)
@@ -396,10 +388,9 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
             sums.update(stats, loss=loss.detach(), difference=difference)
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
         tolerance = 0.1 if rollout.ids.is_cuda else 0.01  # of bf16, of float32
-        # AdamW has no state before its first step (plain SGD never has).
-        require(optimizer.state or means["difference"] <= tolerance,
+        require(optimizer.state or means["difference"] <= tolerance,  # AdamW has none before its first step
                 f"sampled and scored log-probs differ by {means['difference']:.2g} nats per token")
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         if isfinite(norm):
             optimizer.step()
     return {"loss": float(sums["loss"]), "grad_norm": norm,
@@ -410,8 +401,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples.
 
-    reward: f(response, reference) -> float. Raises UserError if log-probs are not finite or, while the
-    optimizer has no state, if every reward fails or the model scores otherwise than it samples.
+    Raises UserError if log-probs are not finite and, before the optimizer has any state, if all rewards fail.
     """
     G = config.group_size
     # 1. Sample.
@@ -430,7 +420,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     # 6. Update.
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
-    metrics |= {"reward/errors": failed.sum().item()}
+    metrics |= {"reward/errors": int(failed.sum())}
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
                 "response": responses[b], "reward": r, "confidence": l, "advantage": A}
@@ -443,8 +433,6 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 @dataclass
 class Config:
     """The flags of the command line: group_size is --group-size, and the comments are its --help."""
-
-    # What to train, and on what
     model: str = ""  # model folder or hub name; without it the task of examples/addition.py is trained
     train_data: str = ""  # JSON Lines of prompts and reference answers
     eval_data: str = ""  # the same, held out; without it nothing is evaluated
@@ -521,8 +509,7 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
 def load_model(path, device, gradient_checkpointing=False):
     """A model ready for training, its tokenizer, and the ids of the tokens that end a response.
 
-    The model is sampled a little, and scored by an update that changes nothing: that finds what has no cache,
-    cannot be padded on the left, or has noise in its layers. Raises UserError.
+    It is sampled a little, and scored by an update that changes nothing: UserError if it samples otherwise.
     """
     logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
@@ -542,8 +529,8 @@ def load_model(path, device, gradient_checkpointing=False):
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
         require(not loaded["missing_keys"], f"no weights in it for {min(loaded['missing_keys'], default='')}")
-        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id}
-        ends = (ends | {tokenizer.get_vocab().get(token) for token in CLOSING}) - {None}
+        closing = map(tokenizer.get_vocab().get, CLOSING)
+        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id, *closing} - {None}
         require(ends, "no eos token in its tokenizer or generation_config.json")
         if model.config._attn_implementation == "sdpa":  # which leaves out the soft cap of Gemma 2
             capped = getattr(text_config, "attn_logit_softcapping", None)
@@ -551,7 +538,7 @@ def load_model(path, device, gradient_checkpointing=False):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.to(device)
-        # Padding, a cache, rows that share a prompt.
+        # Padding on the left, a cache, rows that share a prompt, noise in the layers.
         rollout = sample(model, [[0], [0, 0]], 2, 3, [], generator=torch.Generator().manual_seed(0))
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
@@ -581,8 +568,7 @@ def save_model(policy, eos_ids, target):
 
 def load_reward(spec):
     """The reward function f(response, reference) -> float named module:function. Raises UserError."""
-    # The user's module comes first, but the default is the verify.py beside this file.
-    sys.path.insert(0, "" if spec else os.path.dirname(__file__))
+    sys.path.insert(0, "" if spec else os.path.dirname(__file__))  # the user's first; verify.py is ours
     try:
         return pkgutil.resolve_name(spec or "verify:verify")
     except (Exception, SystemExit) as error:  # the user's module runs when it is imported
@@ -647,13 +633,13 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
         return responses, score_responses(reward, responses, examples)[0]
 
     greedy, rewards = respond(1, temperature=0)
-    metrics = {"accuracy": rewards.mean().item()}
+    metrics = {"accuracy": float(rewards.mean())}
     if config.eval_samples:
         _, rewards = respond(config.eval_samples, config.temperature)
-        metrics["mean_at_k"] = rewards.mean().item()
-        metrics["pass_at_k"] = rewards.amax(dim=1).mean().item()
-    values = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    print(f"{values}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}", flush=True)
+        metrics["mean_at_k"] = float(rewards.mean())
+        metrics["pass_at_k"] = float(rewards.amax(dim=1).mean())
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    print(f"{shown}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}", flush=True)
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -684,8 +670,7 @@ def train(config):
     """Trains, evaluates and saves, or continues the run in config.resume. Returns the last step's metrics."""
     require(config.model and config.train_data, "--model and --train-data need each other")
     name = f"runs/{Path(config.model).absolute().name}-{strftime('%Y%m%d-%H%M%S')}"
-    # Absolute, since the reward function may change the working folder.
-    out = Path(config.resume or config.output_dir or name).absolute()
+    out = Path(config.resume or config.output_dir or name).absolute()  # rewards may change the working folder
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
@@ -703,7 +688,6 @@ def train(config):
         json.dump(vars(config), file, indent=2)
     print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}; the first prompt, as "
           f"the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
-
     metrics = {}
     try:
         for step in range(start, config.steps + 1):
