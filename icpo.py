@@ -539,7 +539,7 @@ def load_model(path, device, gradient_checkpointing=False):
             model.gradient_checkpointing_enable()
         model.to(device)
         # Padding on the left, a cache, rows that share a prompt, noise in the layers.
-        rollout = sample(model, [[0], [0, 0]], 2, 3, [], generator=torch.Generator().manual_seed(0))
+        rollout = sample(model, [[0], [0, 0]], 2, 3, [])
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
@@ -656,7 +656,7 @@ def batch_of(examples, step, config):
 def load_checkpoint(out, policy, optimizer):
     """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
     try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = torch.load(out / "checkpoint.pt", map_location="cpu")
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
     except Exception as error:  # what the reader of a damaged file raises, or of weights of another shape
@@ -694,7 +694,7 @@ def train(config):
             metrics, samples = {}, []
             if step > 0:
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
-                set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
+                set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
                 batch = batch_of(examples, step, config)
                 metrics, samples = train_step(
