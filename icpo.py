@@ -653,19 +653,6 @@ def batch_of(examples, step, config):
     return batch
 
 
-def load_checkpoint(out, policy, optimizer):
-    """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
-    try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu")
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # what the reader of a damaged file raises, or of weights of another shape
-        raise UserError(f"--resume {out}: no checkpoint of this model, or a damaged one: {error!r:.200}")
-    for log, size in zip(LOGS, state["log_sizes"]):
-        os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
-    return state["step"]
-
-
 def train(config):
     """Trains, evaluates and saves, or continues the run in config.resume. Returns the last step's metrics."""
     require(config.model and config.train_data, "--model and --train-data need each other")
@@ -682,7 +669,14 @@ def train(config):
     require(largest < policy.get_input_embeddings().num_embeddings,
             f"--model {config.model}: a prompt has token {largest}, which its embedding lacks")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    start = load_checkpoint(out, policy, optimizer) + 1 if config.resume else 0  # step 0 is an evaluation
+    start = 0  # an evaluation only
+    if config.resume:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu")
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        for log, size in zip(LOGS, state["log_sizes"]):
+            os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
+        start = state["step"] + 1
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "config.json", "w" if config.resume else "x") as file:  # of two runs at once, one fails
         json.dump(vars(config), file, indent=2)
