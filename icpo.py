@@ -50,7 +50,6 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from tqdm import tqdm
 from transformers import (
     AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig, HfArgumentParser,
     PreTrainedTokenizerFast, logging, set_seed)
@@ -239,7 +238,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
     new_ids = prompt_ids[rows]
     with torch.autocast("cuda", torch.bfloat16, enabled=prompt_ids.is_cuda):
-        for t in tqdm(range(T), "tokens", leave=False, delay=5, disable=None):
+        for t in range(T):
             seen = positions[rows, :t - T]  # of the N + T positions, the N + t that have a token by now
             logits = response_logits(model, new_ids, seen, 1, cache)[:, 0]
             if t == 0:  # the prompts have been read: from here on, a row for each response
