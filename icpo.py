@@ -29,7 +29,6 @@ left), T positions for the response (padded on the right), V vocabulary size:
   alpha, beta weight of s, sharpness of the comparison
 """
 
-import argparse
 import copy
 import inspect
 import json
@@ -39,23 +38,20 @@ import re
 import shutil
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from time import strftime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig,
+    AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig, HfArgumentParser,
     PreTrainedTokenizerFast, logging, set_seed)
 
 # ------------------------------------------------------------------------------------------------- The method
@@ -181,12 +177,11 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
     return (losses * token_weights).sum(), stats
 
 
-# --------------------------------------------------------------------------------------- Sampling and scoring
+# ---------------------------------------------------------- Sampling, scoring, rewards and one training step
 
 @dataclass
 class Rollout:
     """B responses with their prompts: P * G in prompt order, fewer after select. Masks come from lengths."""
-
     prompts: Tensor         # (B, N) token ids, padded on the left
     prompt_lengths: Tensor  # (B,)
     ids: Tensor             # (B, T) token ids of the responses, padded on the right
@@ -204,7 +199,7 @@ class Rollout:
     def positions(self):
         """(B, N + T) 0 at the first token of the prompt, below 0 on the padding before it."""
         N, T = self.prompts.shape[1], self.ids.shape[1]
-        return torch.arange(N + T, device=self.ids.device) - N + self.prompt_lengths[:, None]
+        return torch.arange(-N, T, device=self.ids.device) + self.prompt_lengths[:, None]
 
     def select(self, rows):
         """The given rows (indices, not empty, or a slice) in that order, trimmed to the longest of them."""
@@ -219,88 +214,76 @@ class Rollout:
 
 
 def response_logits(model, ids, positions, count, cache=None):
-    """Logits (B, count, V) after each of the last `count` tokens of ids (B, S).
+    """Logits (B, count, V) after each of the last `count` tokens of ids (B, S), at positions (B, cached + S).
 
-    positions (B, cached tokens + S), below 0 on the left padding, which the mask hides. Padding
-    on the right needs no mask: causal attention never sees it. Some models ignore logits_to_keep: cut again.
+    The mask hides the padding on the left, where positions are below 0; causal attention that on the right.
     """
     return model(
         input_ids=ids, attention_mask=(positions >= 0).long(), past_key_values=cache,
         position_ids=positions[:, -ids.shape[1]:].clamp(min=0), use_cache=cache is not None,
-        logits_to_keep=count).logits[:, -count:]
+        logits_to_keep=count).logits[:, -count:]  # cut again: some models ignore logits_to_keep
 
 
 @torch.no_grad()
-def sample(model, prompts: list[list[int]], group_size: int, max_new_tokens: int, eos_ids: list[int],
-           temperature: float = 1.0, generator: torch.Generator | None = None) -> Rollout:
-    """Draws group_size responses to each prompt from softmax(logits / temperature), and from nothing else.
+def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0, generator=None):
+    """A Rollout of group_size responses to each prompt, a list of ids, from softmax(logits / temperature).
 
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
-    its group, and rows leave the batch as they end. Temperature 0 is greedy, with log-probs of temperature 1.
-    `generator` is a CPU one; None is torch's own. Leaves the model in eval mode. Raises ValueError if a
-    prompt is empty.
+    its group, and rows leave the batch as they end. Temperature 0 is read as 1e-6, which is greedy.
+    generator: a CPU one; None is torch's own. Leaves the model in eval mode.
     """
-    if not all(prompts):
-        raise ValueError("every prompt needs at least one token")
     model.eval()
     device, B, T = model.device, len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
-    prompt_lengths = torch.tensor([len(prompt) for prompt in repeated], device=device)
-    log_probs, entropies = torch.zeros(2, B, T, dtype=torch.float32, device=device)
-    # The loop fills the rollout in place. All rows are unfinished now; what still is at the end is truncated.
-    rollout = Rollout(prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler),
-                      torch.zeros_like(prompt_lengths), prompt_lengths > 0, log_probs, entropies)
-    positions, unfinished = rollout.positions, rollout.truncated
+    prompt_lengths = torch.tensor(list(map(len, repeated)), device=device)
+    rollout = Rollout(
+        prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths),
+        prompt_lengths > 0, *torch.zeros(2, B, T, device=device))
+    positions = rollout.positions
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
     eos = torch.tensor(eos_ids, device=device)
     cache = DynamicCache(config=model.config)
     rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
     new_ids = prompt_ids[rows]
-
     with torch.autocast("cuda", torch.bfloat16, enabled=prompt_ids.is_cuda):
-        for t in tqdm(range(T), "tokens", leave=False, delay=5, disable=None):
+        for t in range(T):
             seen = positions[rows, :t - T]  # of the N + T positions, the N + t that have a token by now
             logits = response_logits(model, new_ids, seen, 1, cache)[:, 0]
             if t == 0:  # the prompts have been read: from here on, a row for each response
                 rows = torch.arange(B, device=device)
                 cache.reorder_cache(rows // group_size)
                 logits = logits[rows // group_size]
-            log_p = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
+            log_p = (logits.float() / (temperature or 1e-6)).log_softmax(dim=-1)
             p = log_p.exp()
-            if temperature:
-                # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
-                cdf = p.cumsum(dim=-1, dtype=torch.float64)
-                token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-                token = token.clamp(max=p.shape[-1] - 1)  # NaN gives id V, which crashes a GPU process
-            else:
-                token = log_p.argmax(dim=-1, keepdim=True)
+            # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
+            cdf = p.cumsum(dim=-1, dtype=torch.float64)
+            token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
+            token = token.clamp(max=p.shape[-1] - 1)  # NaN gives id V, which crashes a GPU process
             rollout.ids[rows, t, None] = token
-            log_probs[rows, t, None] = log_p.gather(1, token)
-            entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
-            rollout.lengths += unfinished
-            unfinished[rows] = ~torch.isin(token.squeeze(1), eos)
-
-            stay = unfinished[rows].nonzero().squeeze(1)  # waits for the GPU
+            rollout.log_probs[rows, t, None] = log_p.gather(1, token)
+            rollout.entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
+            rollout.lengths[rows] = t + 1
+            unfinished = ~torch.isin(token.squeeze(1), eos)
+            rollout.truncated[rows] = unfinished
+            stay = torch.where(unfinished)[0]  # waits for the GPU
             if len(stay) == 0:
                 break
             if len(stay) < len(rows):
                 cache.reorder_cache(stay)
                 rows = rows[stay]
             new_ids = token[stay]
-
     return rollout.select(slice(None))
 
 
-def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logits: int = 2**25) -> Tensor:
+def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
-    Only response positions get logits. Above max_logits elements (a chunk is at least B * V), the float32
-    copies are made chunk by chunk, and again in the backward pass: then all that grows with B * T * V is the
-    model's own logits, in bf16 on a GPU, and their gradient.
+    float32 copies of the logits are made in chunks of max_logits elements (at least B * V), and again in the
+    backward pass: all that grows with B * T * V is the model's own, in bf16 on a GPU, and their gradient.
     """
     input_ids = torch.cat([rollout.prompts, rollout.ids], dim=1)
     with torch.autocast("cuda", torch.bfloat16, enabled=input_ids.is_cuda):
@@ -311,13 +294,10 @@ def token_log_probs(model, rollout: Rollout, temperature: float = 1.0, max_logit
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
 
     columns = max(1, max_logits // logits[:, 0].numel())
-    chunks = list(zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1)))
-    scores = [checkpoint(score, *chunk, use_reentrant=False) if len(chunks) > 1 else score(*chunk)
-              for chunk in chunks]
+    chunks = zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1))
+    scores = [torch.utils.checkpoint.checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.where(rollout.mask, torch.cat(scores, dim=1), 0)
 
-
-# -------------------------------------------------------------------- From token ids to rewards and metrics
 
 class UserError(Exception):
     """An error that the user can fix: shown as one line, exit status 2."""
@@ -327,9 +307,6 @@ def require(holds, message):
     """Raises UserError(message) unless `holds`."""
     if not holds:
         raise UserError(message)
-
-
-LOGGER = logging.get_logger("icpo")
 
 
 class Example(NamedTuple):
@@ -342,9 +319,12 @@ class Example(NamedTuple):
 def texts_of(rollout, tokenizer, examples):
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
-    texts = [tokenizer.decode(ids if truncated else ids[:-1], clean_up_tokenization_spaces=False)
-             for ids, truncated in zip(rollout.responses(), rollout.truncated.tolist())]
-    return [examples[b // G].opening + text for b, text in enumerate(texts)]
+    texts = []
+    for b, ids in enumerate(rollout.responses()):
+        written = ids if rollout.truncated[b] else ids[:-1]
+        text = tokenizer.decode(written, clean_up_tokenization_spaces=False)
+        texts.append(examples[b // G].opening + text)
+    return texts
 
 
 def score_responses(reward, responses, examples):
@@ -352,61 +332,58 @@ def score_responses(reward, responses, examples):
 
     A failed call scores as the lowest of its group (0 if all of it failed): never above a wrong answer.
     """
-    G, values = len(responses) // len(examples), []
+    G = len(responses) // len(examples)
+    values = []
     for i, response in enumerate(responses):
         try:
             # A copy, since a function that changes its reference would change it for all later calls.
             values.append(float(reward(response, copy.deepcopy(examples[i // G].reference))))
         except (Exception, SystemExit):  # one response must not end a run of hours
             values.append(torch.nan)
-            LOGGER.warning_once("\na reward failed; reward/errors and eval/errors count them", exc_info=True)
-    rewards = torch.tensor(values, dtype=torch.float32).view(-1, G)
+            logging.get_logger("icpo").warning_once("\na reward failed, for the first time", exc_info=True)
+    rewards = torch.tensor(values).view(-1, G)
     failed = ~rewards.isfinite()
     lowest = rewards.masked_fill(failed, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0)
     return torch.where(failed, lowest, rewards), failed
 
 
 def rollout_metrics(rollout, rewards, confidence, beta):
-    """Metrics of one rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2.
-
-    preference/agreement, in [-1, 1]: do the less probable responses (whatever beta's sign) earn the reward?
-    """
-    correct, surest = rewards > 0.5, confidence.argmax(dim=1, keepdim=True)
+    """Metrics of a rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2."""
+    correct = rewards > 0.5
+    # In [-1, 1] once normalized: do the less probable responses, whatever beta's sign, earn the reward?
     agreement = group_advantage(rewards) * preference_advantage(confidence, abs(beta))
     values = {
-        "reward/verified": rewards, "groups/uniform_frac": uniform_groups(rewards),
+        "reward/verified": rewards,
+        "groups/uniform_frac": uniform_groups(rewards),
         "preference/agreement": agreement.sum() / agreement.abs().sum().clamp(min=1e-9),
-        "confidence/correct": confidence[correct], "confidence/wrong": confidence[~correct],
-        "confidence/overconfident_frac": correct.any(dim=1, keepdim=True) & ~correct.gather(1, surest),
+        "confidence/correct": confidence[correct],
+        "confidence/wrong": confidence[~correct],
         "entropy": rollout.entropies[rollout.mask],
-        "length/mean": rollout.lengths, "length/truncated_frac": rollout.truncated}
-    return {name: value.float().mean().item() if value.numel() else None for name, value in values.items()}
+        "length/mean": rollout.lengths,
+        "length/truncated_frac": rollout.truncated}
+    return {name: float(value.float().mean()) if value.numel() else None for name, value in values.items()}
 
-
-# ------------------------------------------------------------------------------------------ One training step
 
 @torch.enable_grad()  # the user's reward function may have switched gradients off
 def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the last one's metrics.
 
-    Micro-batches only bound memory: the loss is normalized over the whole batch. Rows whose advantage is
-    exactly 0 count there, but are computed only if the KL needs them. A non-finite loss or gradient means no
-    step ("update/skipped" counts them). Raises UserError if, before the optimizer has any state, scored and
-    sampled log-probs disagree.
+    The loss is normalized over the whole batch, in which rows of advantage 0 count, but are computed only if
+    the KL needs them. Where the norm of the gradient is not finite, no step is taken. Raises UserError if,
+    before the optimizer has any state, scored and sampled log-probs disagree.
     """
     normalizer = rollout.lengths.sum() if config.aggregation == "token" else len(advantages)
-    rows = ((advantages != 0) | (ref_model is not None)).nonzero().squeeze(1)
+    rows = torch.where((advantages != 0) | (ref_model is not None))[0]
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
     chunks = rows.split(config.micro_batch) if len(rows) else ()
     old_log_probs, ref_log_probs = [], [None] * len(chunks)
     for module in policy.modules():
         # Checkpointing acts in train mode only, and so would what adds noise inside of the layers.
         module.training = getattr(module, "gradient_checkpointing", False)
-    skipped = 0
     for epoch in range(config.inner_epochs):
         policy.zero_grad()  # all of it: weights that the optimizer lacks count in the norm, too
         sums = Counter()  # a missing key reads as 0: no reference model, or no rows
-        for i, chunk in enumerate(tqdm(chunks, "micro-batches", leave=False, delay=5, disable=None)):
+        for i, chunk in enumerate(chunks):
             batch = rollout.select(chunk)
             log_probs = token_log_probs(policy, batch, config.temperature)
             if epoch == 0:  # before any step these are log pi_old, by the same kernels: the ratio is 1
@@ -418,22 +395,16 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
                 log_probs, old_log_probs[i], advantages[chunk], batch.mask, config.clip_low,
                 config.clip_high, config.aggregation, normalizer, ref_log_probs[i], config.kl_coef)
             loss.backward()
-            stats["loss"] = loss.detach()
-            stats["difference"] = (old_log_probs[i] - batch.log_probs).abs().sum()
-            for name, value in stats.items():
-                sums[name] += value
+            difference = (old_log_probs[i] - batch.log_probs).abs().sum()
+            sums.update(stats, loss=loss.detach(), difference=difference)
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
-        in_bf16 = rollout.ids.is_cuda or policy.dtype == torch.bfloat16
-        # AdamW has no state before its first step (plain SGD never has).
-        require(optimizer.state or means["difference"] <= (0.1 if in_bf16 else 0.01),
+        tolerance = 0.1 if rollout.ids.is_cuda else 0.01  # of bf16, of float32
+        require(optimizer.state or means["difference"] <= tolerance,  # AdamW has none before its first step
                 f"sampled and scored log-probs differ by {means['difference']:.2g} nats per token")
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if isfinite(sums["loss"] + norm):
+        norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+        if isfinite(norm):
             optimizer.step()
-        else:
-            skipped += 1
-            LOGGER.warning_once("\nan update was skipped: its loss or gradient was not finite")
-    return {"loss": float(sums["loss"]), "grad_norm": norm, "update/skipped": skipped,
+    return {"loss": float(sums["loss"]), "grad_norm": norm,
             "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
             "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
 
@@ -441,10 +412,9 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples.
 
-    reward: f(response, reference) -> float. Raises UserError if log-probs are not finite or, while the
-    optimizer has no state, if every reward fails or the model scores otherwise than it samples.
+    Raises UserError if log-probs are not finite and, before the optimizer has any state, if all rewards fail.
     """
-    P, G = len(examples), config.group_size
+    G = config.group_size
     # 1. Sample.
     prompts = [example.ids for example in examples]
     rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
@@ -454,14 +424,14 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     require(optimizer.state or not failed.all(),
             f"--reward {config.reward or 'verify:verify'}: all calls of the first step failed")
     # 3. Sequence log-probs.
-    confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view(P, G).cpu()
+    confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view_as(rewards).cpu()
     require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
     # 4. and 5. Preference advantage, joined with the reward. icpo_advantage does both.
     advantages = icpo_advantage(rewards, confidence, config.alpha, config.beta, config.keep_uniform_groups)
     # 6. Update.
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
-    metrics["reward/errors"] = failed.sum().item()
+    metrics |= {"reward/errors": int(failed.sum())}
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
                 "response": responses[b], "reward": r, "confidence": l, "advantage": A}
@@ -474,8 +444,6 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
 @dataclass
 class Config:
     """The flags of the command line: group_size is --group-size, and the comments are its --help."""
-
-    # What to train, and on what
     model: str = ""  # model folder or hub name; without it the task of examples/addition.py is trained
     train_data: str = ""  # JSON Lines of prompts and reference answers
     eval_data: str = ""  # the same, held out; without it nothing is evaluated
@@ -510,7 +478,7 @@ class Config:
     keep_uniform_groups: bool = False  # groups of equal rewards get alpha * s, not 0
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
     clip_high: float = 0.28  # the ratio is clipped above 1 + clip_high
-    aggregation: str = "token"  # what has equal weight: token or sequence
+    aggregation: Literal["token", "sequence"] = "token"  # what has equal weight
     kl_coef: float = 0.0  # weight of the KL to the initial model, which then stays in memory
     # Evaluation
     eval_every: int = 10  # steps between evaluations
@@ -518,36 +486,28 @@ class Config:
     eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
 
     def __post_init__(self):
+        may_be_0 = "seed lr warmup_steps alpha clip_low clip_high kl_coef eval_samples"
         for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # of a sweep, say; JSON and torch.load take none
-                setattr(self, name, value.item())
-
-
-def check(config):
-    """Raises UserError for settings that cannot work, before anything is loaded or written."""
-    may_be_0 = "seed warmup_steps alpha clip_low clip_high kl_coef eval_samples"
-    for name, value in vars(config).items():
-        if type(value) in (int, float) and name != "beta":
-            require(value > 0 or value == 0 and name in may_be_0,
-                    f"--{name.replace('_', '-')} {value}: out of range")
-    require(config.group_size > 1, "--group-size: must be at least 2, to compare responses")
-    require(config.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
-    require(isfinite(config.beta), "--beta: must be finite")
-    require(config.aggregation in ("token", "sequence"), "--aggregation: token or sequence")
-    require(config.device == "cpu" or torch.cuda.is_available(), "--device: torch sees no CUDA GPU")
+            value = np.asarray(value).item()  # a number of numpy, say of a sweep, becomes Python's
+            setattr(self, name, value)
+            if type(value) in (int, float):
+                in_range = value > 0 or value == 0 and name in may_be_0 or name == "beta"
+                require(isfinite(value) and in_range, f"--{name.replace('_', '-')} {value}: out of range")
+        require(self.group_size > 1, "--group-size: must be at least 2, to compare responses")
+        require(self.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
 
 
 # --------------------------------------------------------------------------------------------- Model and data
 
-NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
+CLOSING = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of a message in chat templates: end a response too
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's folder, when it is saved again
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """Attention that, for one new token, treats query heads that share a key-value head as queries of one.
 
-    The cache is then read as it is. transformers' own sdpa, used here for prompts and scoring, would copy it
-    once for each query head wherever there is padding.
+    So the cache is read as it is: where there is padding, transformers' sdpa copies it for each query head.
     """
     B, H, T, D = query.shape
     if T > 1:
@@ -560,8 +520,7 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
 def load_model(path, device, gradient_checkpointing=False):
     """A model ready for training, its tokenizer, and the ids of the tokens that end a response.
 
-    The model is sampled a little, and scored by an update that changes nothing: that finds what has no cache,
-    cannot be padded on the left, or has noise in its layers. Raises UserError.
+    It is sampled a little, and scored by an update that changes nothing: UserError if it samples otherwise.
     """
     logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
@@ -570,7 +529,6 @@ def load_model(path, device, gradient_checkpointing=False):
     try:
         folder = Path(path).absolute()  # to be found again when the model is saved
         if not folder.exists():
-            require(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", path), "no such folder")
             folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
         config = AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
@@ -582,7 +540,8 @@ def load_model(path, device, gradient_checkpointing=False):
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
         require(not loaded["missing_keys"], f"no weights in it for {min(loaded['missing_keys'], default='')}")
-        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id} - {None}
+        closing = map(tokenizer.get_vocab().get, CLOSING)
+        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id, *closing} - {None}
         require(ends, "no eos token in its tokenizer or generation_config.json")
         if model.config._attn_implementation == "sdpa":  # which leaves out the soft cap of Gemma 2
             capped = getattr(text_config, "attn_logit_softcapping", None)
@@ -590,36 +549,22 @@ def load_model(path, device, gradient_checkpointing=False):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.to(device)
-        # Padding, a cache, rows that share a prompt.
-        rollout = sample(model, [[0], [0, 0]], 2, 3, [], generator=torch.Generator().manual_seed(0))
+        # Padding on the left, a cache, rows that share a prompt, noise in the layers.
+        rollout = sample(model, [[0], [0, 0]], 2, 3, [])
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
-    except NO_MEMORY:
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a damaged file or a foreign model raises what it likes
-        reason = " ".join((str(error) or repr(error)).split())[:200]
-        raise UserError(f"--model {path}: {reason}; give the folder or hub name of a whole model (of a run, "
-                        f"its folder model), no LoRA adapter, no file")
+        raise UserError(f"--model {path}: {error!r:.200}; give the folder or hub name of a whole model (of a "
+                        f"run, its folder model), no LoRA adapter, no file")
     tokenizer.model_max_length = getattr(text_config, "max_position_embeddings", tokenizer.model_max_length)
-    return model, tokenizer, sorted(map(int, ends | closing_tokens(tokenizer)))
-
-
-def closing_tokens(tokenizer):
-    """The ids of the tokens, one or none as a rule, with which the chat template closes a message."""
-    messages = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Well"}]
-    try:
-        after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("Well")[2].strip()
-    except Exception:  # no template, or a broken one: that is told where a prompt goes through it
-        return set()
-    return {i for token, i in tokenizer.get_added_vocab().items() if after.startswith(token)}
+    return model, tokenizer, sorted(map(int, ends))
 
 
 def save_model(policy, eos_ids, target):
-    """Writes the folder that the policy was loaded from to target, with its weights and end tokens.
-
-    All other files are as they were, byte for byte; the weights have the dtype that the config there names.
-    """
+    """Copies the folder that the policy was loaded from, with new weights, of its dtype, and end tokens."""
     source = policy.name_or_path
     config = AutoConfig.from_pretrained(source)
     policy.generation_config = GenerationConfig()  # some that can be loaded cannot be saved
@@ -634,8 +579,7 @@ def save_model(policy, eos_ids, target):
 
 def load_reward(spec):
     """The reward function f(response, reference) -> float named module:function. Raises UserError."""
-    # The user's module comes first, but the default is the verify.py beside this file.
-    sys.path.insert(0, os.getcwd() if spec else os.path.dirname(__file__))
+    sys.path.insert(0, "" if spec else os.path.dirname(__file__))  # the user's first; verify.py is ours
     try:
         return pkgutil.resolve_name(spec or "verify:verify")
     except (Exception, SystemExit) as error:  # the user's module runs when it is imported
@@ -644,17 +588,16 @@ def load_reward(spec):
 
 def encode(prompt, tokenizer, config):
     """A prompt's tokens, in the chat template if there is one, and the <think> that it leaves open, or ""."""
-    text = prompt + config.prompt_suffix
+    system, user = config.system_prompt, prompt + config.prompt_suffix
+    text = system + user
     templated = tokenizer.chat_template and not config.no_chat_template
     if templated:
-        messages = [{"role": "system", "content": config.system_prompt}, {"role": "user", "content": text}]
-        messages = messages[0 if config.system_prompt else 1:]  # no empty system message
-        kwargs = json.loads(config.chat_template_kwargs)
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs)
-        require(all(message["content"].strip() in text for message in messages),
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        text = tokenizer.apply_chat_template(
+            messages if system else messages[1:], tokenize=False, add_generation_prompt=True,
+            **json.loads(config.chat_template_kwargs))
+        require(system.strip() in text and user.strip() in text,
                 "the chat template leaves out the prompt, or --system-prompt (--no-chat-template)")
-    else:
-        text = config.system_prompt + text
     ids = tokenizer(text, add_special_tokens=not templated).input_ids
     if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
         ids = ids[:-1]
@@ -662,11 +605,9 @@ def encode(prompt, tokenizer, config):
 
 
 def load_examples(path, tokenizer, config, context=None):
-    """Examples from JSON Lines. Raises UserError.
-
-    context: tokens of a prompt and its response together, by default the model's.
-    """
-    examples, longest = [], (context or tokenizer.model_max_length) - config.max_new_tokens
+    """Examples from JSON Lines that leave room in the context, by default the model's. Raises UserError."""
+    examples = []
+    longest = (context or tokenizer.model_max_length) - config.max_new_tokens
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -689,72 +630,45 @@ def load_examples(path, tokenizer, config, context=None):
 # --------------------------------------------------------------------------------------------------- Training
 
 def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
-    """Metrics of greedy responses and of k = eval_samples more; shows them, and the worst greedy response."""
+    """Metrics of greedy responses and of k = eval_samples more; shows them, and the first greedy response."""
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
 
-    def respond(k, temperature):  # responses, rewards and failures (examples, k); rows as in training
-        responses, size = [], max(1, config.prompts_per_step * config.group_size // k)
-        for start in tqdm(range(0, len(examples), size), f"evaluating, {k} each", leave=False, disable=None):
+    def respond(k, temperature):  # responses and rewards (examples, k), in batches as large as in training
+        responses = []
+        size = max(1, config.prompts_per_step * config.group_size // k)
+        for start in range(0, len(examples), size):
             batch = examples[start:start + size]
-            rollout = sample(policy, [example.ids for example in batch], k, config.max_new_tokens, eos_ids,
-                             temperature, generator)
+            prompts = [example.ids for example in batch]
+            rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
             responses += texts_of(rollout, tokenizer, batch)
-        return responses, *score_responses(reward, responses, examples)
+        return responses, score_responses(reward, responses, examples)[0]
 
-    greedy, rewards, failed = respond(1, temperature=0)
-    metrics, worst, errors = {"eval/accuracy": rewards.mean().item()}, rewards.argmin(), failed.sum()
+    greedy, rewards = respond(1, temperature=0)
+    metrics = {"accuracy": float(rewards.mean())}
     if config.eval_samples:
-        _, rewards, failed = respond(config.eval_samples, config.temperature)
-        errors += failed.sum()
-        metrics["eval/mean_at_k"] = rewards.mean().item()
-        metrics["eval/pass_at_k"] = rewards.amax(dim=1).mean().item()
-    values = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
-    tqdm.write(f"{values}: {examples[worst].prompt[-20:]!r} -> {greedy[worst][-40:]!r}")
-    return metrics | {"eval/errors": errors.item()}
+        _, rewards = respond(config.eval_samples, config.temperature)
+        metrics["mean_at_k"] = float(rewards.mean())
+        metrics["pass_at_k"] = float(rewards.amax(dim=1).mean())
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    print(f"{shown}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}", flush=True)
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
-def batch_indices(total, step, count, seed):
-    """The indices (count,) of step 1, 2, ...: each example once per epoch, in an order from (seed, epoch)."""
-    epochs = range((step - 1) * count // total, step * count // total + 1)
-    orders = [np.random.default_rng([seed, epoch]).permutation(total) for epoch in epochs]
-    start = (step - 1) * count % total
-    return np.concatenate(orders)[start:start + count].tolist()
-
-
-def save_checkpoint(out, step, policy, optimizer):
-    """Writes all that --resume needs, with the sizes of the logs at this step: whole, or not at all."""
-    sizes = {log: (out / log).stat().st_size for log in ("metrics.jsonl", "samples.jsonl")}
-    state = {"step": step, "log_sizes": sizes,
-             "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state, out / "checkpoint.part")
-    (out / "checkpoint.part").replace(out / "checkpoint.pt")
-
-
-def load_checkpoint(out, policy, optimizer):
-    """Sets policy, optimizer and logs back to the checkpoint in out. Returns its step. Raises UserError."""
-    try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["optimizer"])
-    except NO_MEMORY:
-        raise
-    except Exception:  # what the reader of a damaged file raises, or of weights of another shape
-        raise UserError(f"--resume: no checkpoint of this model in {out}, or a damaged one: start a new run")
-    for log, size in state["log_sizes"].items():
-        os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
-    return state["step"]
+def batch_of(examples, step, config):
+    """The examples of step 1, 2, ...: each once per epoch, in an order that follows from (seed, epoch)."""
+    total, P = len(examples), config.prompts_per_step
+    batch = []
+    for n in range((step - 1) * P, step * P):
+        order = np.random.default_rng([config.seed, n // total]).permutation(total)
+        batch.append(examples[order[n % total]])
+    return batch
 
 
 def train(config):
-    """Trains, evaluates and saves as config says. Returns the last step's metrics. Raises UserError.
-
-    With config.resume it continues the run in that folder, with the settings of config.
-    """
-    check(config)
+    """Trains, evaluates and saves, or continues the run in config.resume. Returns the last step's metrics."""
     require(config.model and config.train_data, "--model and --train-data need each other")
     name = f"runs/{Path(config.model).absolute().name}-{strftime('%Y%m%d-%H%M%S')}"
-    # Absolute, since the reward function may change the working folder.
-    out = Path(config.resume or config.output_dir or name).absolute()
+    out = Path(config.resume or config.output_dir or name).absolute()  # rewards may change the working folder
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
@@ -762,49 +676,49 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    vocab_size = policy.get_input_embeddings().num_embeddings
-    require(max(max(example.ids) for example in examples + held_out) < vocab_size,
-            f"--model {config.model}: a prompt has a token beyond the {vocab_size} of its embedding")
+    largest = max(max(example.ids) for example in examples + held_out)
+    require(largest < policy.get_input_embeddings().num_embeddings,
+            f"--model {config.model}: a prompt has token {largest}, which its embedding lacks")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    saved = load_checkpoint(out, policy, optimizer) if config.resume else -1  # step 0 is an evaluation
+    start = 0  # an evaluation only
+    if config.resume:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu")
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        for log, size in zip(LOGS, state["log_sizes"]):
+            os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
+        start = state["step"] + 1
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "config.json", "w" if config.resume else "x") as file:  # of two runs at once, one fails
-        json.dump(asdict(config), file, indent=2)
-    print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}, "
-          f"{torch.get_num_threads()} threads; the first prompt, as the model gets it:\n"
-          f"{tokenizer.decode(examples[0].ids)!r}")
-
-    metrics, P, steps = {}, config.prompts_per_step, tqdm(range(saved + 1, config.steps + 1), disable=None)
+        json.dump(vars(config), file, indent=2)
+    print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}; the first prompt, as "
+          f"the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
+    metrics = {}
     try:
-        for step in steps:
-            metrics, samples = {"step": step}, []
+        for step in range(start, config.steps + 1):
+            metrics, samples = {}, []
             if step > 0:
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
-                set_seed(int(np.random.SeedSequence([config.seed, step]).generate_state(1)[0]))
-                batch = [examples[i] for i in batch_indices(len(examples), step, P, config.seed)]
+                set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
-                measured, samples = train_step(
+                batch = batch_of(examples, step, config)
+                metrics, samples = train_step(
                     policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
-                metrics |= measured
-                line = (f"reward {metrics['reward/verified']:.2f}, entropy {metrics['entropy']:.2f}, "
-                        f"agree {metrics['preference/agreement']:.2f}, "
-                        f"cut {metrics['length/truncated_frac']:.2f}")
-                steps.set_postfix_str(line)
-                if steps.disable:  # no terminal
-                    print(f"{step}/{config.steps} {line}", flush=True)
+                print(f"{step}/{config.steps} reward {metrics['reward/verified']:.2f}, entropy "
+                      f"{metrics['entropy']:.2f}, agree {metrics['preference/agreement']:.2f}, cut "
+                      f"{metrics['length/truncated_frac']:.2f}, {strftime('%H:%M:%S')}", flush=True)
             if held_out and (step % config.eval_every == 0 or step == config.steps):
                 metrics |= evaluate(policy, tokenizer, eos_ids, held_out[:config.eval_rows], reward, config)
-            for log, rows in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples[:config.group_size])):
-                # A lone surrogate, which JSON allows and UTF-8 does not, is written as it stood: \ud800.
-                with open(out / log, "a", encoding="utf-8", errors="backslashreplace") as file:
-                    for row in rows:
-                        file.write(json.dumps({"step": step} | row, ensure_ascii=False) + "\n")
+            for log, rows in zip(LOGS, ([metrics], samples[:config.group_size])):
+                with open(out / log, "a") as file:
+                    file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
             if step % config.save_every == 0 or step == config.steps:
-                save_checkpoint(out, step, policy, optimizer)
-                saved = step
+                state = {"step": step, "log_sizes": [os.path.getsize(out / log) for log in LOGS],
+                         "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(state, out / "checkpoint.part")
+                os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole, or not at all
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"--resume {out} continues after step {saved}" if saved >= 0 else "nothing is saved")
+        raise KeyboardInterrupt(f"--resume {out} continues from its last checkpoint")
     save_model(policy, eos_ids, out / "model")
     print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
     return metrics
@@ -812,21 +726,16 @@ def train(config):
 
 def parse(arguments):
     """The Config that the arguments give, beside what the run that they resume was given."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, comment in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
-        default = getattr(Config, name)
-        kind = {"action": "store_true"} if default is False else {"type": type(default)}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{comment} (default: {default!r})", **kind)
-    # A space keeps argparse from taking -1e1 for a flag, and float() does not mind it.
-    given = vars(parser.parse_args([re.sub(r"^-(?=[\d.])", " -", argument) for argument in arguments]))
-    saved = json.loads(Path(given["resume"], "config.json").read_text()) if "resume" in given else {}
-    config = Config(**saved | given)
-    check(config)
-    return config
+        Config.__dataclass_fields__[name].metadata = {"help": comment}
+    parser = HfArgumentParser(Config)
+    folder = parser.parse_args(arguments).resume
+    if folder:
+        parser.set_defaults(**json.loads(Path(folder, "config.json").read_text()))
+    return Config(**vars(parser.parse_args(arguments)))
 
 
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main(arguments):
     try:
         config = parse(arguments)
         if not config.model and not config.train_data:
@@ -835,16 +744,12 @@ def main(arguments=None):
         train(config)
         return 0
     except KeyboardInterrupt as stop:
-        print("\nicpo.py:", "; ".join(("stopped", *stop.args)), file=sys.stderr)
+        print("\nicpo.py: stopped", *stop.args, file=sys.stderr)
         return 130
-    except (UserError, OSError, SafetensorError) as error:
-        message = error
-    except NO_MEMORY as error:
-        message = (f"{error}: lower --micro-batch or add --gradient-checkpointing, as --resume allows, or "
-                   "start anew with a lower --max-new-tokens")
-    print(f"icpo.py: error: {message}", file=sys.stderr)
-    return 2
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        print(f"icpo.py: error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

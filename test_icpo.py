@@ -449,12 +449,11 @@ def test_a_prompt_is_read_once_for_its_group_and_rows_leave_the_batch_as_they_en
     assert rows == [3, *(sum(n > t for n in lengths) for t in range(1, max(lengths)))]
 
 
-def test_greedy_equals_generate_and_has_the_log_probs_of_temperature_one(model):
+def test_temperature_zero_equals_greedy_generate(model):
     rollout = draw(model, group_size=1, max_new_tokens=12, temperature=0)
     for prompt, response in zip(PROMPTS, rollout.responses()):
         generated = model.generate(on([prompt]), do_sample=False, max_new_tokens=12)
         assert response == generated[0, len(prompt):].tolist()
-    assert_close(rollout.log_probs[rollout.mask].double(), plain_log_probs(model, rollout), atol=1e-5, rtol=0)
 
 
 TAIL = [n / 50 for n in range(1, 50)]  # ways through 20,000 tokens of 1e-8; 1 + 1e-8 is 1 in float32
@@ -529,7 +528,7 @@ def test_rollout_metrics_by_hand():
     assert metrics == pytest.approx({
         "reward/verified": 5.5 / 8, "groups/uniform_frac": 1 / 4,
         "preference/agreement": 1 / 3,  # two groups agree, one does not, and one is uniform
-        "confidence/correct": -17 / 5, "confidence/wrong": -6 / 3, "confidence/overconfident_frac": 2 / 4,
+        "confidence/correct": -17 / 5, "confidence/wrong": -6 / 3,
         "entropy": 2.0, "length/mean": 1.5, "length/truncated_frac": 0.5})
     assert icpo.rollout_metrics(rollout, rewards, l, beta=-1e4) == metrics  # it tells of the model
     assert icpo.rollout_metrics(rollout, torch.ones(4, 2), l, beta=1.0)["confidence/wrong"] is None
@@ -633,15 +632,14 @@ def test_metrics_of_an_update_are_those_of_its_last_epoch(model):
         assert metrics[name] == pytest.approx(values.mean().item(), rel=1e-3) and values.any(), name
 
 
-def test_uniform_batches_and_gradients_that_are_not_finite_make_no_step(caplog):
-    warning_once.cache_clear()
+def test_uniform_batches_and_gradients_that_are_not_finite_make_no_step():
     model = qwen2()
     rollout, before = draw(model), copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=0.1)  # gradients of others must go, too
     metrics = icpo.update(model, optimizer, rollout, on([math.inf] * 12), settings())
-    assert metrics["update/skipped"] == caplog.text.count("an update was skipped") == 1
+    assert not math.isfinite(metrics["grad_norm"])
     metrics = icpo.update(model, optimizer, rollout, on([0.0] * 12), settings())
-    assert metrics["grad_norm"] == metrics["update/skipped"] == 0
+    assert metrics["grad_norm"] == 0
     assert moved(model, before).eq(0).all()
 
 
@@ -652,15 +650,14 @@ def test_gradients_are_clipped_to_a_norm():
     assert moved(model, before).norm().item() == pytest.approx(0.01, rel=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight_moves(dtype):
+def test_log_probs_that_were_not_sampled_stop_the_first_update_before_any_weight_moves():
     def update(difference):
         rollout.log_probs = sampled + difference * rollout.mask
         return icpo.update(model, optimizer, rollout, on([1.0] * 12), settings())
 
-    model, before = qwen2().to(dtype), qwen2().to(dtype)
+    model, before = qwen2(), qwen2()
     rollout, optimizer = draw(model), torch.optim.AdamW(model.parameters(), lr=0.1)
-    limit = 0.01 if DEVICE == "cpu" and dtype == torch.float32 else 0.1
+    limit = 0.01 if DEVICE == "cpu" else 0.1
     sampled = token_log_probs(model, rollout).detach()
     for wrong in (1.1 * limit, -1.1 * limit, math.nan):
         with pytest.raises(icpo.UserError, match="nats per token"):

@@ -104,13 +104,19 @@ def warm_start(job: tuple[str, int]) -> None:
 
 
 def variety(samples: list[dict], group_size: int) -> dict:
-    """Distinct texts of a group: of its correct ones ("ways"); of all, if some are correct and some wrong."""
+    """Distinct texts of a group: of its correct ones ("ways"); of all, if some are correct and some wrong.
+
+    Overconfident are the groups whose most probable response is wrong while another one is correct.
+    """
     groups = [samples[i:i + group_size] for i in range(0, len(samples), group_size)]
     right = [{row["response"] for row in group if row["reward"] > 0.5} for group in groups]
     mixed = [len({row["response"] for row in group}) for group in groups
              if len({row["reward"] > 0.5 for row in group}) == 2]
+    surest = [max(group, key=lambda row: row["confidence"])["reward"] for group in groups]
+    overconfident = [len(texts) > 0 and reward <= 0.5 for texts, reward in zip(right, surest)]
     return {"ways": float(np.mean([len(texts) for texts in right])),
-            "distinct": float(np.mean(mixed)) if mixed else None}
+            "distinct": float(np.mean(mixed)) if mixed else None,
+            "confidence/overconfident_frac": float(np.mean(overconfident))}
 
 
 def train(noise: float = 0.0, chosen: bool = False, **settings) -> list[dict]:

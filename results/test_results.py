@@ -128,15 +128,19 @@ def test_what_decides_by_hand(tmp_path, monkeypatch):
 
 def test_variety_by_hand():
     def group(*responses):
-        return [{"response": text, "reward": reward} for text, reward in responses]
+        return [{"response": text, "reward": reward, "confidence": -abs(i - 2)}  # the third is the surest
+                for i, (text, reward) in enumerate(responses)]
+
+    def variety(*rows):
+        return list(study.variety(sum(rows, []), 4).values())
 
     mixed = group(("5+7=12", 1.0), ("7+5=12", 1.0), ("5+7=12", 1.0), ("5+7=2", 0.0))
+    sure = group(("3", 1.0), ("4", 0.0), ("5", 0.0), ("6", 0.0))
     right, wrong = group(*[("12", 1.0)] * 4), group(("1", 0.0), ("2", 0.0), ("3", 0.0), ("3", 0.0))
     # Correct texts: 2, 1 and none. Of all texts, only the mixed group's three count.
-    assert study.variety(mixed + right + wrong, 4) == {"ways": 1.0, "distinct": 3.0}
-    assert study.variety(right + wrong, 4) == {"ways": 0.5, "distinct": None}
-    # In pairs, only the one with both a right and a wrong text is mixed.
-    assert study.variety(mixed, 2) == {"ways": 1.5, "distinct": 2.0}
+    assert variety(mixed, right, wrong) == [1.0, 3.0, 0.0]
+    assert variety(right, wrong) == [0.5, None, 0.0]
+    assert variety(mixed, sure, right, wrong) == [1.0, 3.5, 0.25]
 
 
 # ------------------------------------------------------------------------------------------------- Real model
