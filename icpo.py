@@ -50,9 +50,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, GenerationConfig, HfArgumentParser,
-    PreTrainedTokenizerFast, logging, set_seed)
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------- The method
 
@@ -208,10 +206,6 @@ class Rollout:
         return Rollout(self.prompts[rows, -N:], prompt_lengths, self.ids[rows, :T], lengths,
                        self.truncated[rows], self.log_probs[rows, :T], self.entropies[rows, :T])
 
-    def responses(self):
-        """The token ids of each response, without padding."""
-        return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist())]
-
 
 def response_logits(model, ids, positions, count, cache=None):
     """Logits (B, count, V) after each of the last `count` tokens of ids (B, S), at positions (B, cached + S).
@@ -231,8 +225,11 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
     its group, and rows leave the batch as they end. Temperature 0 is read as 1e-6, which is greedy.
-    generator: a CPU one; None is torch's own. Leaves the model in eval mode.
+    generator: a CPU one; None is torch's own. Leaves the model in eval mode. Raises ValueError if a prompt
+    is empty.
     """
+    if not all(prompts):
+        raise ValueError("every prompt needs at least one token")
     model.eval()
     device, B, T = model.device, len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
@@ -246,7 +243,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
     eos = torch.tensor(eos_ids, device=device)
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
     new_ids = prompt_ids[rows]
     with torch.autocast("cuda", torch.bfloat16, enabled=prompt_ids.is_cuda):
@@ -320,9 +317,9 @@ def texts_of(rollout, tokenizer, examples):
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
     texts = []
-    for b, ids in enumerate(rollout.responses()):
-        written = ids if rollout.truncated[b] else ids[:-1]
-        text = tokenizer.decode(written, clean_up_tokenization_spaces=False)
+    written = rollout.lengths - 1 + rollout.truncated.long()
+    for b, (ids, length) in enumerate(zip(rollout.ids.tolist(), written.tolist())):
+        text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
         texts.append(examples[b // G].opening + text)
     return texts
 
@@ -340,7 +337,8 @@ def score_responses(reward, responses, examples):
             values.append(float(reward(response, copy.deepcopy(examples[i // G].reference))))
         except (Exception, SystemExit):  # one response must not end a run of hours
             values.append(torch.nan)
-            logging.get_logger("icpo").warning_once("\na reward failed, for the first time", exc_info=True)
+            logger = transformers.logging.get_logger("icpo")
+            logger.warning_once("\na reward failed, for the first time", exc_info=True)
     rewards = torch.tensor(values).view(-1, G)
     failed = ~rewards.isfinite()
     lowest = rewards.masked_fill(failed, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0)
@@ -412,7 +410,8 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples.
 
-    Raises UserError if log-probs are not finite and, before the optimizer has any state, if all rewards fail.
+    Raises ValueError if log-probs are not finite, as after steps with a learning rate that is too high, and
+    UserError if all rewards fail before the optimizer has any state.
     """
     G = config.group_size
     # 1. Sample.
@@ -425,7 +424,6 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
             f"--reward {config.reward or 'verify:verify'}: all calls of the first step failed")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view_as(rewards).cpu()
-    require(confidence.isfinite().all(), "--model: its log-probs are no longer finite: is --lr too high?")
     # 4. and 5. Preference advantage, joined with the reward. icpo_advantage does both.
     advantages = icpo_advantage(rewards, confidence, config.alpha, config.beta, config.keep_uniform_groups)
     # 6. Update.
@@ -511,7 +509,7 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """
     B, H, T, D = query.shape
     if T > 1:
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
+        return transformers.AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **kwargs)
     grouped = query.reshape(B, key.shape[1], -1, D)
     out = scaled_dot_product_attention(grouped, key, value, attention_mask, scale=kwargs.get("scaling"))
     return out.reshape(B, 1, H, -1), None
@@ -522,24 +520,25 @@ def load_model(path, device, gradient_checkpointing=False):
 
     It is sampled a little, and scored by an update that changes nothing: UserError if it samples otherwise.
     """
-    logging.disable_progress_bar()  # transformers' own, for files
+    transformers.logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
-    AttentionInterface.register("grouped", grouped_attention)
-    AttentionMaskInterface.register("grouped", AttentionMaskInterface()["sdpa"])
+    transformers.AttentionInterface.register("grouped", grouped_attention)
+    transformers.AttentionMaskInterface.register("grouped", transformers.AttentionMaskInterface()["sdpa"])
     try:
         folder = Path(path).absolute()  # to be found again when the model is saved
         if not folder.exists():
+            require(path.count("/") < 2 and path[0] not in "./~", "no such folder")
             folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
-        config.return_dict, text_config.output_router_logits = True, False
         require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
         # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
-        require(not loaded["missing_keys"], f"no weights in it for {min(loaded['missing_keys'], default='')}")
+        missing = loaded["missing_keys"]
+        require(not missing, f"no weights in it for {missing}")
         closing = map(tokenizer.get_vocab().get, CLOSING)
         ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id, *closing} - {None}
         require(ends, "no eos token in its tokenizer or generation_config.json")
@@ -554,8 +553,6 @@ def load_model(path, device, gradient_checkpointing=False):
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a damaged file or a foreign model raises what it likes
         raise UserError(f"--model {path}: {error!r:.200}; give the folder or hub name of a whole model (of a "
                         f"run, its folder model), no LoRA adapter, no file")
@@ -566,8 +563,8 @@ def load_model(path, device, gradient_checkpointing=False):
 def save_model(policy, eos_ids, target):
     """Copies the folder that the policy was loaded from, with new weights, of its dtype, and end tokens."""
     source = policy.name_or_path
-    config = AutoConfig.from_pretrained(source)
-    policy.generation_config = GenerationConfig()  # some that can be loaded cannot be saved
+    config = transformers.AutoConfig.from_pretrained(source)
+    policy.generation_config = transformers.GenerationConfig()  # some that can be loaded cannot be saved
     policy.to(config.dtype or config.get_text_config().dtype or torch.float32).save_pretrained(target)
     for pattern in COPIED:
         for path in Path(source).glob(pattern):
@@ -604,10 +601,10 @@ def encode(prompt, tokenizer, config):
     return ids, re.search(r"(<think>\s*)?\Z", text)[0]
 
 
-def load_examples(path, tokenizer, config, context=None):
-    """Examples from JSON Lines that leave room in the context, by default the model's. Raises UserError."""
+def load_examples(path, tokenizer, config):
+    """Examples from JSON Lines that leave room in the model's context for a response. Raises UserError."""
     examples = []
-    longest = (context or tokenizer.model_max_length) - config.max_new_tokens
+    longest = tokenizer.model_max_length - config.max_new_tokens
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -636,7 +633,7 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     def respond(k, temperature):  # responses and rewards (examples, k), in batches as large as in training
         responses = []
         size = max(1, config.prompts_per_step * config.group_size // k)
-        for start in range(0, len(examples), size):
+        for start in tqdm(range(0, len(examples), size), "evaluation", leave=False, disable=None):
             batch = examples[start:start + size]
             prompts = [example.ids for example in batch]
             rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
@@ -650,7 +647,7 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
         metrics["mean_at_k"] = float(rewards.mean())
         metrics["pass_at_k"] = float(rewards.amax(dim=1).mean())
     shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-    print(f"{shown}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}", flush=True)
+    tqdm.write(f"{shown}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}")
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
@@ -676,9 +673,6 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    largest = max(max(example.ids) for example in examples + held_out)
-    require(largest < policy.get_input_embeddings().num_embeddings,
-            f"--model {config.model}: a prompt has token {largest}, which its embedding lacks")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     start = 0  # an evaluation only
     if config.resume:
@@ -693,20 +687,21 @@ def train(config):
         json.dump(vars(config), file, indent=2)
     print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}; the first prompt, as "
           f"the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
-    metrics = {}
+    metrics, saved = {}, start - 1
     try:
-        for step in range(start, config.steps + 1):
+        for step in tqdm(range(start, config.steps + 1), disable=None):  # no bar in a file
             metrics, samples = {}, []
             if step > 0:
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
-                set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
+                transformers.set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
                 optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
                 batch = batch_of(examples, step, config)
                 metrics, samples = train_step(
                     policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
-                print(f"{step}/{config.steps} reward {metrics['reward/verified']:.2f}, entropy "
-                      f"{metrics['entropy']:.2f}, agree {metrics['preference/agreement']:.2f}, cut "
-                      f"{metrics['length/truncated_frac']:.2f}, {strftime('%H:%M:%S')}", flush=True)
+                tqdm.write(
+                    f"{step}/{config.steps} reward {metrics['reward/verified']:.2f}, entropy "
+                    f"{metrics['entropy']:.2f}, agree {metrics['preference/agreement']:.2f}, cut "
+                    f"{metrics['length/truncated_frac']:.2f}, {strftime('%H:%M:%S')}")
             if held_out and (step % config.eval_every == 0 or step == config.steps):
                 metrics |= evaluate(policy, tokenizer, eos_ids, held_out[:config.eval_rows], reward, config)
             for log, rows in zip(LOGS, ([metrics], samples[:config.group_size])):
@@ -717,8 +712,9 @@ def train(config):
                          "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
                 torch.save(state, out / "checkpoint.part")
                 os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole, or not at all
+                saved = step
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"--resume {out} continues from its last checkpoint")
+        raise KeyboardInterrupt(f"--resume {out} continues after step {saved}" if saved >= 0 else "")
     save_model(policy, eos_ids, out / "model")
     print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
     return metrics
@@ -728,7 +724,8 @@ def parse(arguments):
     """The Config that the arguments give, beside what the run that they resume was given."""
     for name, comment in re.findall(r"    (\w+): .*?  # (.*)", inspect.getsource(Config)):
         Config.__dataclass_fields__[name].metadata = {"help": comment}
-    parser = HfArgumentParser(Config)
+    arguments = [re.sub(r"^-(?=[\d.])", " -", word) for word in arguments]  # -1e1 is a number, not a flag
+    parser = transformers.HfArgumentParser(Config)
     folder = parser.parse_args(arguments).resume
     if folder:
         parser.set_defaults(**json.loads(Path(folder, "config.json").read_text()))
@@ -752,4 +749,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import icpo
 from icpo import Config
+from test_icpo import responses_of
 from tests.common import SHAPE, by_letters, saved, tiny, tiny_run
 from tests.test_run import REWARD, error_of, learning_run, run, texts
 
@@ -30,7 +31,7 @@ def edit(path, **changes):
 def log_probs_alone(model, rollout):
     """The log-probs of all response tokens by plain forward passes over one row each, in float64."""
     rows = []
-    for b, response in enumerate(rollout.responses()):
+    for b, response in enumerate(responses_of(rollout)):
         prompt = rollout.prompts[b, -rollout.prompt_lengths[b]:].tolist()
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
         rows.append(logits.double().log_softmax(dim=1)[range(len(response)), response])
