@@ -222,7 +222,8 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     generator: a CPU one; None is torch's own. Leaves the model in eval mode.
     """
     model.eval()
-    device, B, T = model.device, len(prompts) * group_size, max_new_tokens
+    device = model.device
+    B, T = len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
@@ -364,7 +365,8 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     rows = torch.where((advantages != 0) | (ref_model is not None))[0]
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
     chunks = rows.split(config.micro_batch) if len(rows) else ()
-    old_log_probs, ref_log_probs = [], [None] * len(chunks)
+    old_log_probs = []
+    ref_log_probs = {}
     for module in policy.modules():
         # Checkpointing acts in train mode only, and so would what adds noise inside of the layers.
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -381,7 +383,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
                         ref_log_probs[i] = token_log_probs(ref_model, batch, config.temperature)
             loss, stats = policy_loss(
                 log_probs, old_log_probs[i], advantages[chunk], batch.mask, config.clip_low,
-                config.clip_high, config.aggregation, normalizer, ref_log_probs[i], config.kl_coef)
+                config.clip_high, config.aggregation, normalizer, ref_log_probs.get(i), config.kl_coef)
             loss.backward()
             difference = (old_log_probs[i] - batch.log_probs).abs().sum()
             sums.update(stats, loss=loss.detach(), difference=difference)
@@ -392,9 +394,10 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         if isfinite(norm):
             optimizer.step()
-    return {"loss": float(sums["loss"]), "grad_norm": norm,
-            "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
-            "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
+    return {
+        "loss": float(sums["loss"]), "grad_norm": norm,
+        "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
+        "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
 
 
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
@@ -520,7 +523,8 @@ def load_model(path, device, gradient_checkpointing=False):
             folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
         config = AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
-        config.return_dict, text_config.output_router_logits = True, False
+        config.return_dict = True
+        text_config.output_router_logits = False
         require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
         # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -542,8 +546,6 @@ def load_model(path, device, gradient_checkpointing=False):
         sgd = torch.optim.SGD(model.parameters(), lr=0.0)
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a damaged file or a foreign model raises what it likes
         raise UserError(f"--model {path}: {error!r:.200}; give the folder or hub name of a whole model (of a "
                         f"run, its folder model), no LoRA adapter, no file")
@@ -576,7 +578,8 @@ def load_reward(spec):
 
 def encode(prompt, tokenizer, config):
     """A prompt's tokens, in the chat template if there is one, and the <think> that it leaves open, or ""."""
-    system, user = config.system_prompt, prompt + config.prompt_suffix
+    system = config.system_prompt
+    user = prompt + config.prompt_suffix
     text = system + user
     templated = tokenizer.chat_template and not config.no_chat_template
     if templated:
@@ -601,7 +604,8 @@ def load_examples(path, tokenizer, config, context=None):
             continue
         try:
             row = json.loads(line)
-            prompt, answer = row[config.prompt_key], row[config.answer_key]
+            prompt = row[config.prompt_key]
+            answer = row[config.answer_key]
             require(answer is not None, "no answer")
             ids, opening = encode(prompt, tokenizer, config)
         except Exception as error:  # no JSON, no such key, or a chat template, which raises what it likes
@@ -644,7 +648,8 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
 
 def batch_of(examples, step, config):
     """The examples of step 1, 2, ...: each once per epoch, in an order that follows from (seed, epoch)."""
-    total, P = len(examples), config.prompts_per_step
+    total = len(examples)
+    P = config.prompts_per_step
     batch = []
     for n in range((step - 1) * P, step * P):
         order = np.random.default_rng([config.seed, n // total]).permutation(total)
@@ -676,6 +681,7 @@ def train(config):
         for log, size in zip(LOGS, state["log_sizes"]):
             os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
         start = state["step"] + 1
+        del state  # three times the size of the model
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "config.json", "w" if config.resume else "x") as file:  # of two runs at once, one fails
         json.dump(vars(config), file, indent=2)
@@ -684,7 +690,8 @@ def train(config):
     metrics = {}
     try:
         for step in range(start, config.steps + 1):
-            metrics, samples = {}, []
+            metrics = {}
+            samples = []
             if step > 0:
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
                 set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
