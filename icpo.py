@@ -231,7 +231,8 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     model.eval()
-    device, B, T = model.device, len(prompts) * group_size, max_new_tokens
+    device = model.device
+    B, T = len(prompts) * group_size, max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
@@ -374,7 +375,8 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     rows = torch.where((advantages != 0) | (ref_model is not None))[0]
     rows = rows[rollout.lengths[rows].argsort(stable=True)]  # less padding
     chunks = rows.split(config.micro_batch) if len(rows) else ()
-    old_log_probs, ref_log_probs = [], [None] * len(chunks)
+    old_log_probs = []
+    ref_log_probs = {}
     for module in policy.modules():
         # Checkpointing acts in train mode only, and so would what adds noise inside of the layers.
         module.training = getattr(module, "gradient_checkpointing", False)
@@ -391,7 +393,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
                         ref_log_probs[i] = token_log_probs(ref_model, batch, config.temperature)
             loss, stats = policy_loss(
                 log_probs, old_log_probs[i], advantages[chunk], batch.mask, config.clip_low,
-                config.clip_high, config.aggregation, normalizer, ref_log_probs[i], config.kl_coef)
+                config.clip_high, config.aggregation, normalizer, ref_log_probs.get(i), config.kl_coef)
             loss.backward()
             difference = (old_log_probs[i] - batch.log_probs).abs().sum()
             sums.update(stats, loss=loss.detach(), difference=difference)
@@ -402,9 +404,10 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         if isfinite(norm):
             optimizer.step()
-    return {"loss": float(sums["loss"]), "grad_norm": norm,
-            "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
-            "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
+    return {
+        "loss": float(sums["loss"]), "grad_norm": norm,
+        "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
+        "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
 
 
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
@@ -585,7 +588,8 @@ def load_reward(spec):
 
 def encode(prompt, tokenizer, config):
     """A prompt's tokens, in the chat template if there is one, and the <think> that it leaves open, or ""."""
-    system, user = config.system_prompt, prompt + config.prompt_suffix
+    system = config.system_prompt
+    user = prompt + config.prompt_suffix
     text = system + user
     templated = tokenizer.chat_template and not config.no_chat_template
     if templated:
@@ -610,7 +614,8 @@ def load_examples(path, tokenizer, config):
             continue
         try:
             row = json.loads(line)
-            prompt, answer = row[config.prompt_key], row[config.answer_key]
+            prompt = row[config.prompt_key]
+            answer = row[config.answer_key]
             require(answer is not None, "no answer")
             ids, opening = encode(prompt, tokenizer, config)
         except Exception as error:  # no JSON, no such key, or a chat template, which raises what it likes
@@ -653,7 +658,8 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
 
 def batch_of(examples, step, config):
     """The examples of step 1, 2, ...: each once per epoch, in an order that follows from (seed, epoch)."""
-    total, P = len(examples), config.prompts_per_step
+    total = len(examples)
+    P = config.prompts_per_step
     batch = []
     for n in range((step - 1) * P, step * P):
         order = np.random.default_rng([config.seed, n // total]).permutation(total)
@@ -682,15 +688,18 @@ def train(config):
         for log, size in zip(LOGS, state["log_sizes"]):
             os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
         start = state["step"] + 1
+        del state  # three times the size of the model
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "config.json", "w" if config.resume else "x") as file:  # of two runs at once, one fails
         json.dump(vars(config), file, indent=2)
     print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}; the first prompt, as "
           f"the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
-    metrics, saved = {}, start - 1
+    metrics = {}
+    saved = start - 1
     try:
         for step in tqdm(range(start, config.steps + 1), disable=None):  # no bar in a file
-            metrics, samples = {}, []
+            metrics = {}
+            samples = []
             if step > 0:
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
                 transformers.set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
