@@ -318,7 +318,7 @@ def texts_of(rollout, tokenizer, examples):
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
     texts = []
-    written = rollout.lengths - 1 + rollout.truncated.long()
+    written = rollout.lengths + rollout.truncated.long() - 1
     for b, (ids, length) in enumerate(zip(rollout.ids.tolist(), written.tolist())):
         text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
         texts.append(examples[b // G].opening + text)
@@ -527,13 +527,16 @@ def load_model(path, device, gradient_checkpointing=False):
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
     transformers.AttentionInterface.register("grouped", grouped_attention)
     transformers.AttentionMaskInterface.register("grouped", transformers.AttentionMaskInterface()["sdpa"])
+    folder = Path(path).absolute()  # to be found again when the model is saved
+    on_hub = path.count("/") < 2 and path[0] not in "./~"
+    require(on_hub or folder.exists(), f"--model {path}: no such folder")
     try:
-        folder = Path(path).absolute()  # to be found again when the model is saved
         if not folder.exists():
-            require(path.count("/") < 2 and path[0] not in "./~", "no such folder")
             folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
         config = transformers.AutoConfig.from_pretrained(folder)
         text_config = config.get_text_config()
+        config.return_dict = True
+        text_config.output_router_logits = False
         require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
         # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)

@@ -252,7 +252,7 @@ sys.exit(before != state())"""
 
 def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_path):
     (tmp_path / "verify.py").write_text("def verify(response, reference): return len(response) % 4 / 4")
-    flags = ["--eval-data", tiny / "one.jsonl", "--eval-every", 2, "--steps", 6, "--beta", "-10"]
+    flags = ["--eval-data", tiny / "one.jsonl", "--eval-every", 2, "--steps", 6, "--beta", "-1e1"]
     flags = tiny_run(tiny, "own", *flags, "--reward", "verify:verify")
     shown = in_a_process(icpo.__file__, *flags, cwd=tmp_path)
     assert shown.returncode == 0 and not re.search(r"[\r|%]", shown.stdout + shown.stderr), shown.stderr
@@ -276,7 +276,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     ("--reward nowhere:f", "No module named 'nowhere'"), ("--reward verify:nothing", "nothing"),
     ("--train-data .", "Is a directory"), ("--eval-data absent", "No such file or directory: 'absent'"),
     ("--train-data data.jsonl", "no usable line"), ("--model models/typo", "--model models/typo: "),
-    ("--model a/b/c", "a/b/c: HFValidationError"), ("--model data.jsonl", "no LoRA adapter, no file"),
+    ("--model a/b/c", "a/b/c: no such folder"), ("--model data.jsonl", "no LoRA adapter, no file"),
     pytest.param("--device cuda", "CUDA", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
 def test_bad_flags_get_one_line_and_write_nothing(tiny, tmp_path, monkeypatch, capfd, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -343,8 +343,10 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 
 def texts(tokenizer, responses, opening="", truncated=False):
     """What the reward gets of these responses to a prompt that ends with `opening`."""
-    cut = torch.full((len(responses),), truncated)
-    rollout = SimpleNamespace(lengths=cut, truncated=cut, responses=lambda: responses)
+    rows = [torch.tensor(response) for response in responses]
+    rollout = SimpleNamespace(
+        ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths=torch.tensor(list(map(len, rows))),
+        truncated=torch.full((len(rows),), truncated))
     return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)])
 
 
