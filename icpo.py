@@ -196,12 +196,14 @@ class Rollout:
     @property
     def positions(self):
         """(B, N + T) 0 at the first token of the prompt, below 0 on the padding before it."""
-        N, T = self.prompts.shape[1], self.ids.shape[1]
+        N = self.prompts.shape[1]
+        T = self.ids.shape[1]
         return torch.arange(-N, T, device=self.ids.device) + self.prompt_lengths[:, None]
 
     def select(self, rows):
         """The given rows (indices, not empty, or a slice) in that order, trimmed to the longest of them."""
-        prompt_lengths, lengths = self.prompt_lengths[rows], self.lengths[rows]
+        prompt_lengths = self.prompt_lengths[rows]
+        lengths = self.lengths[rows]
         N, T = prompt_lengths.max(), lengths.max()
         return Rollout(self.prompts[rows, -N:], prompt_lengths, self.ids[rows, :T], lengths,
                        self.truncated[rows], self.log_probs[rows, :T], self.entropies[rows, :T])
@@ -232,7 +234,8 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
         raise ValueError("every prompt needs at least one token")
     model.eval()
     device = model.device
-    B, T = len(prompts) * group_size, max_new_tokens
+    B = len(prompts) * group_size
+    T = max_new_tokens
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
@@ -290,7 +293,6 @@ def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
     def score(logits, ids):
         log_p = (logits.float() / temperature).log_softmax(dim=-1)
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
-
     columns = max(1, max_logits // logits[:, 0].numel())
     chunks = zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1))
     scores = [torch.utils.checkpoint.checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
@@ -326,10 +328,7 @@ def texts_of(rollout, tokenizer, examples):
 
 
 def score_responses(reward, responses, examples):
-    """Rewards (P, G) float32 of G responses to each example, and which calls failed, (P, G) bool.
-
-    A failed call scores as the lowest of its group (0 if all of it failed): never above a wrong answer.
-    """
+    """Rewards (P, G) float32 of G responses to each example, and which calls failed, (P, G) bool."""
     G = len(responses) // len(examples)
     values = []
     for i, response in enumerate(responses):
@@ -342,6 +341,7 @@ def score_responses(reward, responses, examples):
             logger.warning_once("\na reward failed, for the first time", exc_info=True)
     rewards = torch.tensor(values).view(-1, G)
     failed = ~rewards.isfinite()
+    # A failed call scores as the lowest of its group (0 if all of it failed): never above a wrong answer.
     lowest = rewards.masked_fill(failed, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0)
     return torch.where(failed, lowest, rewards), failed
 
@@ -647,7 +647,6 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
             rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
             responses += texts_of(rollout, tokenizer, batch)
         return responses, score_responses(reward, responses, examples)[0]
-
     greedy, rewards = respond(1, temperature=0)
     metrics = {"accuracy": float(rewards.mean())}
     if config.eval_samples:
