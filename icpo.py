@@ -1,9 +1,8 @@
 """ICPO in one file: Intrinsic Confidence-Driven Group Relative Preference Optimization (arXiv 2511.21005).
 
 GRPO samples a group of responses to a prompt, verifies each, and makes a response more likely to the extent
-that it beats its group. ICPO also compares how probable the model itself finds the responses of a group: of
-each pair the less probable one is preferred, so that confident errors are pushed down harder and undervalued
-correct answers are pushed up harder.
+that it beats its group. ICPO also compares how probable the model itself finds them: of each pair the less
+probable one is preferred, so that confident errors are pushed down harder, undervalued right answers up.
 
 One training step, numbered as in train_step:
   1. Sample G responses to each of P prompts, and keep the log-prob of every token.       sample
@@ -13,9 +12,8 @@ One training step, numbered as in train_step:
   5. Advantage A: R + alpha * s [ours], normalized over the group as in GRPO [paper]      icpo_advantage
   6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
 
-Marks: [paper] the paper's abstract or its authors' README, [summary] a public summary, [ours] our own reading
-or choice, such as which response of a pair is preferred, or the values of alpha and beta. We did not have the
-full text: what is marked [ours] may differ from it, and no number here is from it.
+Marks: [paper] the abstract or the authors' README, [summary] a public summary, [ours] our reading or choice,
+such as which response of a pair is preferred. We did not have the full text, and no number here is from it.
 
 Glossary. P prompts, G responses each, B = P * G prompt-major rows, N positions for the prompt (padded on the
 left), T positions for the response (padded on the right), V vocabulary size:
@@ -26,7 +24,6 @@ left), T positions for the response (padded on the right), V vocabulary size:
   log pi      log_probs            (B, T)  from the update's current forward pass
   log pi_old  one quantity, taken twice: rollout.log_probs (B, T) by the sampler, for l; old_log_probs (B, T)
               by the update's first forward pass, before any step, for the ratio
-  alpha, beta weight of s, sharpness of the comparison
 """
 
 import copy
@@ -68,10 +65,7 @@ def sequence_log_prob(log_probs, mask):
 
 
 def finite(values):
-    """values, a tensor or lists, as a float32 tensor, detached. Raises ValueError for NaN or infinity.
-
-    One of them would spread over its group, in silence.
-    """
+    """A tensor or lists as float32, detached. ValueError: NaN or infinity, which would spread in a group."""
     values = torch.as_tensor(values, dtype=torch.float32).detach()
     if not values.isfinite().all():
         raise ValueError("a reward, a confidence or beta is not finite")
@@ -123,10 +117,8 @@ def icpo_advantage(rewards, confidence, alpha, beta, keep_uniform_groups=False):
     responses of a group share one l, and all wrong ones another, R + alpha * s is an increasing affine
     function of R, and A is GRPO's: ICPO acts where correct responses, or wrong ones, differ in l.
     Groups of equal rewards get 0 [ours]: with only s left, normalizing would blow it up to the size of a
-    reward, and a model that errs at random would collapse. keep_uniform_groups gives them alpha * s instead,
-    not normalized.
-    rewards, confidence (..., G) -> (..., G) float32. Raises ValueError if their shapes differ, or if a value
-    is not finite.
+    reward. keep_uniform_groups gives them alpha * s instead, not normalized.
+    rewards, confidence (..., G) -> (..., G) float32. ValueError: shapes differ, or a value is not finite.
     """
     rewards, confidence = finite(rewards), finite(confidence)
     if rewards.shape != confidence.shape:
@@ -148,8 +140,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
     log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), (B, 1) or (B, T), mask (B, T) of any
     dtype -> a scalar, and a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_old
     (of KL(pi_old || pi)) and kl_ref. aggregation: "token" weights all tokens equally, "sequence" all
-    responses; else ValueError. normalizer: the number of tokens or responses in the whole optimizer batch;
-    None counts this call's.
+    responses; else ValueError. normalizer: how many there are in the whole batch; None counts this call's.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -227,8 +218,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
     its group, and rows leave the batch as they end. Temperature 0 is read as 1e-6, which is greedy.
-    generator: a CPU one; None is torch's own. Leaves the model in eval mode. Raises ValueError if a prompt
-    is empty.
+    generator: on the CPU; None: torch's own. Leaves the model in eval mode. ValueError: an empty prompt.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -367,9 +357,8 @@ def rollout_metrics(rollout, rewards, confidence, beta):
 def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     """Takes inner_epochs optimizer steps on a rollout with advantages (B,). Returns the last one's metrics.
 
-    The loss is normalized over the whole batch, in which rows of advantage 0 count, but are computed only if
-    the KL needs them. Where the norm of the gradient is not finite, no step is taken. Raises UserError if,
-    before the optimizer has any state, scored and sampled log-probs disagree.
+    Rows of advantage 0 count in the loss, but are computed only if the KL needs them. No step is taken if the
+    gradient is not finite. UserError: scored and sampled log-probs disagree in the first step.
     """
     normalizer = rollout.lengths.sum() if config.aggregation == "token" else len(advantages)
     rows = torch.where((advantages != 0) | (ref_model is not None))[0]
@@ -413,8 +402,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
     """One step of the algorithm on P examples, numbered as at the top. Returns its metrics and B samples.
 
-    Raises ValueError if log-probs are not finite, as after steps with a learning rate that is too high, and
-    UserError if all rewards fail before the optimizer has any state.
+    ValueError: log-probs are not finite (--lr is too high?). UserError: all rewards fail in the first step.
     """
     G = config.group_size
     # 1. Sample.
@@ -519,10 +507,7 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def load_model(path, device, gradient_checkpointing=False):
-    """A model ready for training, its tokenizer, and the ids of the tokens that end a response.
-
-    It is sampled a little, and scored by an update that changes nothing: UserError if it samples otherwise.
-    """
+    """A model that samples as it scores, which is tried, its tokenizer, and the tokens that end a response."""
     transformers.logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
     transformers.AttentionInterface.register("grouped", grouped_attention)
