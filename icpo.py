@@ -507,7 +507,7 @@ def grouped_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 def load_model(path, device, gradient_checkpointing=False):
-    """A model that samples as it scores, which is tried, its tokenizer, and the tokens that end a response."""
+    """A model that samples as it scores (it is tried), its tokenizer, and the tokens that end a response."""
     transformers.logging.disable_progress_bar()  # transformers' own, for files
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for up to half a second, for every length
     transformers.AttentionInterface.register("grouped", grouped_attention)
