@@ -5,15 +5,15 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
     empty or unclosed one is no answer. Else the last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
- 3. Words and % at a number may be missing on one side, money signs on both. 2 million is a number, 12 dozen is
-    not 12. N% is N, and N/100 if the reference has a % or is no whole number.
+ 3. Words and % at a number may be missing on one side; money signs are skipped. 2 million is a number, 12
+    dozen is not 12. N% is N, and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts.
- 6. An option A to J: "B", "(B)", "B. cells", if no other is named; "B. cells" is not "B. bones".
- 7. All else is text, x < 5 and x^2 + y^2 = 25 too, and lists of words; blanks and case do not count.
- 8. verify wants the answer worked out as far as the reference. 6/8 is 0.75, but 12/2 is not 6. With letters, it
-    has the same letters and numbers. With roots or pi, no number that the reference lacks, and no more brackets,
-    powers or roots in denominators. What the reference leaves to work out, like 2^2 * 3, must be the same.
+ 6. An option A to J: "B", "(B)", "B. cells", if no other is named; but "B. cells" is not "B. bones".
+ 7. All else is text, as x < 5 and x^2 + y^2 = 25 are, and lists of words. Blanks and case do not count.
+ 8. verify wants the answer worked out as far as the reference: with letters, the same letters and numbers;
+    with roots or pi, no further number, bracket, power or root in a denominator. 6/8 is 0.75, but 12/2 is
+    not 6. What the reference itself leaves to work out, like 2^2 * 3, must be repeated.
  9. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
 """
 
@@ -25,21 +25,21 @@ from collections import namedtuple
 from contextlib import suppress
 from fractions import Fraction
 
-MAX_LENGTH = 400  # an answer beyond it is compared as it is
+MAX_LENGTH = 400  # of an answer
 
 # ------------------------------------------------------------------------------------------------ Extraction
 INSIDE = r"[^{}\\]"
 for _ in range(9):  # levels of braces
     INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{INSIDE}\}})*+"
-NUMBER = r"[^\w\n\r<]{0,5}(?:(?:[a-z] ?=|frac)[^\w\n]{0,5})?\d|[ *(]{0,5}[A-J][ *.)]{0,5}(?:[\n\r<]|\Z)"
+NUMBER = r"[^\w\n\r<]{0,5}(?:(?:[a-z] ?=|frac)[^\w\n]{0,5})?\d|[ *(]{0,5}[A-J][ *.)]{0,5}(?:[\n<]|\Z)"
 HEADING = r"[^\n\r<]{0,40}(?:[A-Z][a-z]|\d[.)] +\w)"  # "#### 3. Check"
 SIGN = r"(?:(?<![\d)\]}])(?<![\d)\]}] )([-−])\$?)?"  # -\boxed{5}
 TAG = rf"<answer>|\\?boxed(?=\s*\{{)|\\fbox(?![a-z])|(?<!#)####(?!#)(?={NUMBER})(?!{HEADING})"
 MARKER = re.compile(f"{SIGN}({TAG})")
 CONTENT = re.compile(rf"(?s)<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####([^\n\r<]*)")
 # What denies or doubts an answer stands before "the answer", so a clause must start there.
-CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
-REST = r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
+CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?"
+REST = r"(?:(?:the|my|our) )?(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
 IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the end, but for special tokens
 
 
@@ -93,7 +93,7 @@ _\{(\w)\}⇒_\1⇒x_{1}
 ^\s*([*_'`]{1,3})(.+)\1\s*$⇒\2⇒**18**
 \\frac ?(\w)⇒\\frac{\1}⇒\frac12
 (\\frac\{[^{}]*\}) ?(\w)⇒\1{\2}⇒
-(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}⇒\1 \2/\3⇒1\frac{3}{4}
+(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}⇒\1 \2/\3⇒1\frac34
 (?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])⇒\\\1⇒sqrt(2)
 ^(.*\\(?:frac|sqrt|pi).*)\\approx[ \d.-]*$⇒\1⇒\frac13 \approx 0.333
 ((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)⇒\1+\2,\1-\2⇒2 \pm 1
@@ -103,12 +103,11 @@ _\{(\w)\}⇒_\1⇒x_{1}
 (?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?=(?:\^\{\d\})? *$)⇒"\1⇒5 N
 '''.strip().split("\n")]
 BLANKS = re.compile(r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$")
-NUMBERS = rf" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{{1,3}}(?!\d))?|\.\d+)"
+NUMBERS = r" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+)"
 SYMBOLS = r'\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?|\\.|"[A-Za-zΩμ]+|[^\s"]'
 TOKEN = re.compile(f"{NUMBERS}|{SYMBOLS}")
 
 
-# ----------------------------------------------------------------------------------------------- Expressions
 # Values are computed modulo a prime, so nothing grows. All primes below 200 are squares modulo it, and
 # x**((P + 1) / 4) is the root that respects products, so identities between roots hold. A name is a random
 # number, so that no other identities do. Fractions of up to 40 digits can be had back.
@@ -129,9 +128,10 @@ def named(name):
 
 
 def root(value):
-    size, result = math.prod(rational(value).as_integer_ratio()), pow(value, (P + 1) // 4, P)
-    known = 0 < size < 200**2 and result * result % P == value  # a larger square may have another
-    return result if known else named(f"root {value}")
+    result, size = pow(value, (P + 1) // 4, P), math.prod(rational(value).as_integer_ratio())
+    if 0 < size < 200**2 and result * result % P == value:  # a larger square may have another
+        return result
+    return named(f"root {value}")
 
 
 def climb(tokens, level=1):
@@ -161,23 +161,22 @@ def climb(tokens, level=1):
     return value % P
 
 
-# --------------------------------------------------------------------------------------------------- Answers
 Quantity = namedtuple("Quantity", "value tokens unit")
 Group = namedtuple("Group", "brackets items")  # "{}" without brackets too; "," with names
-NAME = r"(?:[A-Za-z_|'\"]|\\(?!(?:frac|sqrt|pi)(?![a-z]))[a-z]++|\{[^{}]*\}|(?<=_)\d|\((?!\d)[^()]*\)"
-NAME += r"|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
+NAME = r"(?:[A-Za-z_|'\"]|\\(?!(?:frac|sqrt|pi)(?![a-z]))[a-z]++|\{[^{}]*\}|(?<=_)\d|"
+NAME += r"\((?!\d)[^()]*\)|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
 NAMING = re.compile(r"(?![A-Z]=[A-Z]$)(?=.{,25}=)" + NAME + r"|[A-Za-z+]++=(?=[^A-Za-z]+$)")
-OPENING, CLOSING = r"( [ { \{".split(), r") ] } \}".split()
+OPENING, CLOSING = r"([{\{", r")]}\}"
 UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°¢])(?:[A-Za-zΩμ/.*"°]|\^\{?-?\d\}?)*)?')
 FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp"
 WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢/%\d]")  # apples
 WORDS = r'(?:[A-Za-z*]*[A-Za-z]{2}[A-Za-z*]*|[A-Za-z*]+".*)$'  # rather than a product
 NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?:le|ge|ne|approx|\w*arrow|{FUNCTION})(?![a-z]))|{WORDS}")
 CHANGING = set(  # after a number, these make another of it
-    "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple lakh "
-    "crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared cubed not no "
-    "factorial time plus am pm minus over divided less mod power root inverse repeating percentage roughly than "
-    "approximately because since maybe perhaps probably wrong incorrect trillion mil doubled twice".split())
+    "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple "
+    "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared "
+    "cubed not no factorial time plus am pm minus over divided less mod power root inverse repeating than "
+    "roughly because since maybe perhaps probably wrong incorrect trillion mil doubled twice".split())
 
 
 def split(tokens, separator):  # outside brackets; nothing if one closes that is not open
@@ -206,12 +205,11 @@ def read(tokens):
     if tokens[0] in OPENING and tokens[-1] in CLOSING and (inside := split(tokens[1:-1], ",")):
         if len(inside) == 1 and tokens[0] in "({":
             return read(inside[0])
-        brackets = tokens[0][-1] + tokens[-1][-1]
-        return Group(brackets, [*map(read, inside)])
+        return Group(tokens[0][-1] + tokens[-1][-1], [*map(read, inside)])
     rest = [";", *reversed(tokens)]
     value, unit = climb(rest), "".join(rest[:0:-1])
     if NO_PRODUCT.match("".join(tokens)) or not UNIT.fullmatch(unit):
-        raise ValueError("no number and unit")
+        raise ValueError("neither a number nor a product")
     return Quantity(value, tokens[:len(tokens) - len(rest) + 1], WORD.findall(unit))
 
 
@@ -221,8 +219,6 @@ def parse(text):
         name = match[0].lower() if LOWER.fullmatch(match[0]) else match[0]
         return SYNONYMS.get(name) or SYNONYMS.get(name.removesuffix("s"), name)
 
-    if len(text) > MAX_LENGTH:
-        return text
     text = unicodedata.normalize("NFKC", NAMED.sub(renamed, text))
     for pattern, replacement, _ in RULES:
         text = re.sub(pattern, replacement, text)
@@ -239,11 +235,11 @@ FRACTION = r"(?:\d+ )?\d+/\d+|\\frac\{-?\d+\}\{-?\d+\}"
 LITERAL = re.compile(rf"[-+]?(?:{FRACTION}|\d*\.?\d*(?:\*10\^\{{-?\d+\}}|[eE]-?\d+)?)")
 TO_DO = re.compile(  # brackets, powers, roots in denominators
     rf"(?<!sqrt)[(^]|\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
-LETTER = r"(?:[(\[<] ?(?=\w ?[)\]>])|(?=\w(?:$|[.:,;)]| \(| - [A-Za-z]{2})))([A-Ja-j])[ )\]>.:,;]*(.*)"
+LETTER = r"(?:[(\[<] ?(?=\w ?[)\]>])|(?=\w(?:$| ?[.:,;)]| \(| - [A-Za-z]{2})))([A-Ja-j])[ )\]>.:,;]*(.*)"
 OPTION = re.compile(r"(?!E\. ?coli|\w\. ?[A-Z]\.|[ei]$)(?:(?i:option|choice) )?" + LETTER)
 OTHER_OPTION = re.compile(
-    r"(?<!\d )(?<![\w°^])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|(?:^| )[a-j][.)] |^\W*[AI]\b(?! [a-z])|"
-    r"(?:[,/|&] ?|\bor |\band )[A-Ja-j]\b(?! ?[=+*/^(-])|^[a-j]$|\ball (?:of )?the (?!above)")
+    r"(?<!\d )(?<![\w°^])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|(?:^| )[a-j][.)] |^[a-j]$|"
+    r"^\W*[AI]\b(?! [a-z])|(?:[,/|&] ?|\bor |\band )[A-Ja-j]\b(?! ?[=+*/^(-])|\ball (?:of )?the (?!above)")
 
 
 def equal(a, b, finished=False):
@@ -269,9 +265,9 @@ def unfinished(a, b):
     if answer == reference:
         return False
     if LITERAL.fullmatch(answer) and LITERAL.fullmatch(reference):
-        return bool(re.search("/|frac", answer)) and rational(a.value).denominator == 1  # 12/2
+        return re.search("/|frac", answer) and rational(a.value).denominator == 1  # 12/2
     (names, numbers), (others, more) = contents(a.tokens), contents(b.tokens)
-    if names or others or not re.search(r"\\(?:sqrt|pi)", reference):  # or not worked out itself, like 2^2 * 3
+    if names or not re.search(r"\\(?:sqrt|pi)", reference):  # like 2^2 * 3
         return not names or names != others or numbers != more
     return not {*numbers} <= {*more} or len(TO_DO.findall(answer)) > len(TO_DO.findall(reference))
 
@@ -282,9 +278,9 @@ def contents(tokens):  # the names, and the numbers as numerators and denominato
     return names, sorted(n for x in values for n in x.as_integer_ratio() if n != 1)
 
 
-def option(text: str) -> tuple:
+def option(text):
     """The letter of the option that a text names, and the rest; "" for none, or if it names others too."""
-    text = re.sub(r"\\(?:text|math|boxed)[a-z]*|[{}$*~\\]|\b(?i:answer):", " ", text[:MAX_LENGTH])
+    text = re.sub(r"\\(?:text|math|boxed)[a-z]*|[{}$*~\\]|\b(?i:answer):", " ", text)
     found = OPTION.fullmatch(" ".join(text.split()))
     letter, rest = found.groups() if found else ("", "")
     return letter.upper() * (not OTHER_OPTION.search(rest)), "".join(rest.lower().split()).strip(".")
@@ -299,7 +295,7 @@ def texts(answer):
             if isinstance(x, str) or abs(x) < math.inf:  # no NaN either
                 marked = extract_answer(str(x))
                 found.append(str(x).strip() if marked is None else marked)
-    return [*filter(None, found)]
+    return [text for text in found if 0 < len(text) <= MAX_LENGTH]
 
 
 def is_equivalent(answer, reference, finished: bool = False) -> bool:
@@ -308,7 +304,7 @@ def is_equivalent(answer, reference, finished: bool = False) -> bool:
     for text in texts(reference)[:100]:
         (letter, words), expected = option(text), parse(text)
         for (chosen, rest), value in answers:
-            same_option = chosen == letter and (rest == words or "" in (rest, words))
+            same_option = chosen == letter and (rest in (words, "") or not words)
             if same_option if letter else equal(value, expected, finished):
                 return True
     return False
@@ -324,17 +320,16 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kw
     return float(verify(solution_str, ground_truth))
 
 
-def content(x):  # of a string, the last of some messages, or the parts of one
-    if isinstance(x, str) or not x:
-        return x
-    return content(x[-1]["content"]) if "content" in x[-1] else "".join(part.get("text", "") for part in x)
-
-
 def reward_func(completions=(), *others, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
     """The reward as TRL calls it, with lists of strings or messages and of references, by name; None, which
     TRL skips, for a row without a reference."""
     references = [column for column in (answer, solution, ground_truth) if column is not None]
     if not references:
         raise TypeError("reward_func needs the references by name: answer, solution or ground_truth")
+    def content(x):  # of a string, the last of some messages, or the parts of one
+        if isinstance(x, str) or not x:
+            return x
+        return content(x[-1]["content"]) if "content" in x[-1] else "".join(part["text"] for part in x)
+
     rows = zip(map(content, completions), references[0], strict=True)
     return [float(verify(*row)) if texts(row[1]) else None for row in rows]
