@@ -25,7 +25,7 @@ from collections import namedtuple
 from contextlib import suppress
 from fractions import Fraction
 
-MAX_LENGTH = 400  # of an answer
+MAX_LENGTH = 1000  # of an answer
 
 # ------------------------------------------------------------------------------------------------ Extraction
 INSIDE = r"[^{}\\]"
@@ -43,7 +43,7 @@ REST = r"(?:(?:the|my|our) )?(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n
 IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the end, but for special tokens
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text):
     """What the last marker holds, as written; "" if it is empty or not closed; None if there is no marker."""
     text = re.sub(r"(?s)\A.*</think>|<think>.*", "", text)
     *_, marker = None, *MARKER.finditer(text)
@@ -162,16 +162,16 @@ def climb(tokens, level=1):
 
 
 Quantity = namedtuple("Quantity", "value tokens unit")
-Group = namedtuple("Group", "brackets items")  # "{}" without brackets too; "," with names
+Group = namedtuple("Group", "brackets items")  # brackets "{}": also of a bare list, or the names in it
 NAME = r"(?:[A-Za-z_|'\"]|\\(?!(?:frac|sqrt|pi)(?![a-z]))[a-z]++|\{[^{}]*\}|(?<=_)\d|"
 NAME += r"\((?!\d)[^()]*\)|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
 NAMING = re.compile(r"(?![A-Z]=[A-Z]$)(?=.{,25}=)" + NAME + r"|[A-Za-z+]++=(?=[^A-Za-z]+$)")
 OPENING, CLOSING = r"([{\{", r")]}\}"
 UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°¢])(?:[A-Za-zΩμ/.*"°]|\^\{?-?\d\}?)*)?')
-FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp"
+KNOWN = "frac|sqrt|pi|infty|(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega)"
 WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢/%\d]")  # apples
-WORDS = r'(?:[A-Za-z*]*[A-Za-z]{2}[A-Za-z*]*|[A-Za-z*]+".*)$'  # rather than a product
-NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?:le|ge|ne|approx|\w*arrow|{FUNCTION})(?![a-z]))|{WORDS}")
+WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
+NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
 CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple "
     "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared "
@@ -195,8 +195,8 @@ def split(tokens, separator):  # outside brackets; nothing if one closes that is
 def read(tokens):
     """A Group or a Quantity; raises an error if the tokens are text."""
     if len(parts := split(tokens, ",")) > 1:
-        names = {"".join(part[:part.index("=")]) for part in parts if "=" in part}
-        return Group("," if len(names) > 1 else "{}", [*map(read, parts)])
+        names = ["".join(part[:part.index("=")]) for part in parts if "=" in part]
+        return Group(",".join(names) if len({*names}) > 1 else "{}", [*map(read, parts)])
     if len(sides := split(tokens, "=")) > 1:  # x = 2 * 8 = 16, of which the last side counts
         values = [read(side) for side in sides[bool(NAMING.match("".join(tokens))):]]
         if "%" in tokens or not all(equal(value, values[0]) for value in values):
@@ -208,7 +208,7 @@ def read(tokens):
         return Group(tokens[0][-1] + tokens[-1][-1], [*map(read, inside)])
     rest = [";", *reversed(tokens)]
     value, unit = climb(rest), "".join(rest[:0:-1])
-    if NO_PRODUCT.match("".join(tokens)) or not UNIT.fullmatch(unit):
+    if NO_PRODUCT.match(" ".join(tokens)) or not UNIT.fullmatch(unit):
         raise ValueError("neither a number nor a product")
     return Quantity(value, tokens[:len(tokens) - len(rest) + 1], WORD.findall(unit))
 
@@ -224,7 +224,7 @@ def parse(text):
         text = re.sub(pattern, replacement, text)
     tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)).strip())
     try:
-        return read(tokens)
+        return read(tokens * (len(tokens) < 160))  # in bounded time
     except (ArithmeticError, IndexError, RecursionError, ValueError):
         text = "".join(tokens).replace('"', "")
         return text if re.fullmatch("[A-Za-z*]+", text) else text.lower()
@@ -249,7 +249,7 @@ def equal(a, b, finished=False):
     if isinstance(a, Group):
         brackets = {a.brackets, b.brackets}
         sides = [sorted(x.items, key=str) if brackets == {"{}"} else x.items for x in (a, b)]
-        alike = len(brackets) == 1 or "," in brackets
+        alike = len(brackets) == 1 or "{}" in brackets and "," in "".join(brackets)
         return alike and len(a.items) == len(b.items) and all(equal(*pair, finished) for pair in zip(*sides))
     if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit}):
         return False
@@ -298,7 +298,7 @@ def texts(answer):
     return [text for text in found if 0 < len(text) <= MAX_LENGTH]
 
 
-def is_equivalent(answer, reference, finished: bool = False) -> bool:
+def is_equivalent(answer, reference, finished=False) -> bool:
     """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
     answers = [(option(text), parse(text)) for text in texts(answer)]
     for text in texts(reference)[:100]:
@@ -310,17 +310,17 @@ def is_equivalent(answer, reference, finished: bool = False) -> bool:
     return False
 
 
-def verify(response: str, reference) -> bool:
+def verify(response, reference) -> bool:
     """Whether the response's final answer is the reference, worked out. Never raises."""
     return isinstance(response, str) and is_equivalent(extract_answer(response) or "", reference, True)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
+def compute_score(data_source, solution_str, ground_truth, **kwargs):
     """The reward as verl calls it, with one response and its reference."""
     return float(verify(solution_str, ground_truth))
 
 
-def reward_func(completions=(), *others, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
+def reward_func(completions, *others, answer=None, solution=None, ground_truth=None, **kwargs):
     """The reward as TRL calls it, with lists of strings or messages and of references, by name; None, which
     TRL skips, for a row without a reference."""
     references = [column for column in (answer, solution, ground_truth) if column is not None]
