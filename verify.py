@@ -5,7 +5,7 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
     empty or unclosed one is no answer. Else the last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
- 3. Words and % at a number may be missing on one side; money signs are skipped. 2 million is a number, 12
+ 3. Words and % at a number may be missing on one side; $ is skipped. 2 million is a number, 12
     dozen is not 12. N% is N, and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts.
@@ -81,7 +81,8 @@ RULES = [line.split("⇒") for line in r'''
 \\\\⇒],[⇒
 [&;]|\\cup(?![a-z])|,?\s*"?\b(?:and|or)\b⇒,⇒1 or 2
 \\[,;: ]|\\q?quad(?![a-z])|(?<=[\d}$])~|~(?=[\\\d])|\s⇒ ⇒
-\\?[$€£¥₹]⇒ ⇒$5$, \$5
+\\?\$⇒ ⇒$5$, \$5
+([€£¥₹]) ?(-?[\d.,]*\d)⇒\2\1⇒€5
 \^ ?\{? ?\\circ ?\}? ?⇒°⇒90^\circ
 (?<=\d) ?(?:\^ ?\{ ?)?"?(?:th|st|nd|rd)\b ?\}?⇒⇒12^{th}
 _\{(\w)\}⇒_\1⇒x_{1}
@@ -98,7 +99,7 @@ _\{(\w)\}⇒_\1⇒x_{1}
 ^(.*\\(?:frac|sqrt|pi).*)\\approx[ \d.-]*$⇒\1⇒\frac13 \approx 0.333
 ((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)⇒\1+\2,\1-\2⇒2 \pm 1
 (?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)⇒"⇒words
-(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ][mgLlsJNWVAΩ]|[kMG]B|[kMG]?(?:Hz|eV|Pa)|[A-Z]{2,3}s)(?![A-Za-z(_]))⇒"⇒5cm, 5 CDs
+(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ][mgLlsJNWVAΩ]|[kMG]B|[kMG]?(?:Hz|eV|Pa)|[A-Z]{2,3}s)(?![A-Za-z(_]))⇒"⇒5cm, CDs
 (?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|sq|(?i:[ap]m))(?![A-Za-z(_]))⇒"⇒
 (?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?=(?:\^\{\d\})? *$)⇒"\1⇒5 N
 '''.strip().split("\n")]
@@ -111,7 +112,7 @@ TOKEN = re.compile(f"{NUMBERS}|{SYMBOLS}")
 # Values are computed modulo a prime, so nothing grows. All primes below 200 are squares modulo it, and
 # x**((P + 1) / 4) is the root that respects products, so identities between roots hold. A name is a random
 # number, so that no other identities do. Fractions of up to 40 digits can be had back.
-P = 57 * 4 * math.prod(n for n in range(2, 200) if all(n % d for d in range(2, n))) - 1
+P = 228 * math.prod(n for n in range(2, 200) if all(n % d for d in range(2, n))) - 1
 RANKS = {"+": 1, "-": 1, "^": 3}
 FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
@@ -164,12 +165,12 @@ def climb(tokens, level=1):
 Quantity = namedtuple("Quantity", "value tokens unit")
 Group = namedtuple("Group", "brackets items")  # brackets "{}": also of a bare list, or the names in it
 NAME = r"(?:[A-Za-z_|'\"]|\\(?!(?:frac|sqrt|pi)(?![a-z]))[a-z]++|\{[^{}]*\}|(?<=_)\d|"
-NAME += r"\((?!\d)[^()]*\)|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
+NAME += r"\([A-Za-z,]*\)|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
 NAMING = re.compile(r"(?![A-Z]=[A-Z]$)(?=.{,25}=)" + NAME + r"|[A-Za-z+]++=(?=[^A-Za-z]+$)")
 OPENING, CLOSING = r"([{\{", r")]}\}"
-UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°¢])(?:[A-Za-zΩμ/.*"°]|\^\{?-?\d\}?)*)?')
+UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°¢€£¥₹])(?:[A-Za-zΩμ/.*"°]|\^\{?-?\d\}?)*)?')
 KNOWN = "frac|sqrt|pi|infty|(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega)"
-WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢/%\d]")  # apples
+WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢€£¥₹/%\d]")  # apples
 WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
 NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
 CHANGING = set(  # after a number, these make another of it
@@ -224,7 +225,7 @@ def parse(text):
         text = re.sub(pattern, replacement, text)
     tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)).strip())
     try:
-        return read(tokens * (len(tokens) < 160))  # in bounded time
+        return read(tokens * (len(tokens) < 120))  # in bounded time
     except (ArithmeticError, IndexError, RecursionError, ValueError):
         text = "".join(tokens).replace('"', "")
         return text if re.fullmatch("[A-Za-z*]+", text) else text.lower()
@@ -298,7 +299,7 @@ def texts(answer):
     return [text for text in found if 0 < len(text) <= MAX_LENGTH]
 
 
-def is_equivalent(answer, reference, finished=False) -> bool:
+def is_equivalent(answer, reference, finished=False):
     """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
     answers = [(option(text), parse(text)) for text in texts(answer)]
     for text in texts(reference)[:100]:
@@ -310,7 +311,7 @@ def is_equivalent(answer, reference, finished=False) -> bool:
     return False
 
 
-def verify(response, reference) -> bool:
+def verify(response, reference):
     """Whether the response's final answer is the reference, worked out. Never raises."""
     return isinstance(response, str) and is_equivalent(extract_answer(response) or "", reference, True)
 

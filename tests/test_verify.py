@@ -87,14 +87,14 @@ yes \begin{pmatrix} 1/2 \\ 2 \end{pmatrix} ~ \begin{bmatrix}\frac12\\2\end{bmatr
 yes \frac{1\pm\sqrt5}{2} ~ \frac{1-\sqrt5}{2}, \frac{1+\sqrt5}{2}
 no 1, 2 ~ [1, 2] ;; [0, 1) ~ (0, 1) ;; (2, 1) ~ (1, 2) ;; 2, 9 ~ 2, 2, 9 ;; 1 ~ 1, 2 ;; 4 or 5 ~ 5
 no 2021 ~ \pm 2021 ;; \begin{pmatrix} 1 \\ 2 \end{pmatrix} ~ \begin{pmatrix} 2 \\ 1 \end{pmatrix}
-no 3 \pm 2 ~ 5 ;; (1,234) ~ 1234 ;; (1, 2 ~ 1, 2
+no 3 \pm 2 ~ 5 ;; (1,234) ~ 1234 ;; £40 ~ €40 ;; (1, 2 ~ 1, 2
 """
 NAMES = r"""
 yes x = 5 ~ 5 ;; 5 ~ m+n = 5 ;; |AB| = 5 ~ 5 ;; P(X=2) = 5 ~ 5 ;; \text{Area} = 5 ~ 5 ;; x\in(0,1) ~ (0,1)
 yes n+1 ~ k=n+1 ;; 2+3 = 5 ~ 5 ;; m+n = 2+3 = 5 ~ 5 ;; \frac13 \approx 0.333 ~ 1/3 ;; x=5,y=6 ~ 5,6
 yes a=2, h=-1, k=3 ~ 2,-1,3 ;; x = 1 \text{ or } x = 2 ~ 2, 1 ;; = 5 ~ 5
 no n=3k ~ 3 ;; 25 ~ x^2+y^2=25 ;; C ~ B=C ;; x=5=6 ~ 6 ;; 3, 2 ~ x=2, y=3 ;; 2x = 5 ~ 5 ;; 2 + 2 = 5 ~ 5
-no a+c=d+e ~ a+b=d+e ;; I = const ~ N = const
+no a+c=d+e ~ a+b=d+e ;; x=1, y=2 ~ y=1, x=2 ;; I = const ~ N = const
 """
 LETTERS = r"""
 yes B ~ B ;; (B) ~ B ;; b ~ (B) ;; B ~ b ;; \text{B. x=5} ~ B ;; B. mitochondria ~ B ;; $B$ ~ B ;; (B) 12 ~ B
@@ -110,7 +110,8 @@ yes Yes ~ true ;; \text{Paris} ~ PARIS ;; June 20 ~ \text{June 20} ;; U.K. ~ UK 
 yes 10:30 \text{ AM} ~ 10:30 a.m. ;; E. coli ~ \text{E. coli} ;; \emptyset ~ \varnothing ;; x \ne3 ~ x \neq 3
 yes x^2+y^2=25 ~ x^2 + y^2 = 25 ;; \ln 2 ~ \ln(2) ;; \sin\theta ~ \sin \theta
 no 4:30 ~ 4:30 p.m. ;; <6 ~ 5 ;; 5 \neq 6 ~ 6 ;; 5 \approx 6 ~ 5 ;; x < 5 ~ x \le 5 ;; x > 5 ~ 5 ;; $ ~ .
-no f(-1) \le f(2) ~ f(-1) \ge f(2) ;; (\forall x)(Fx \supset ~Sx) ~ (\forall x)(Fx \supset Sx)
+no f(-1) \le f(2) ~ f(-1) \ge f(2) ;; q \to p ~ p \to q
+no (\forall x)(Fx \supset ~Sx) ~ (\forall x)(Fx \supset Sx)
 no random selection, random assignment ~ random assignment, random selection
 """
 
@@ -163,7 +164,7 @@ def test_9_references():
 def test_adapters():
     assert compute_score("gsm8k", "#### 5", "5", extra_info={}) == 1 and compute_score("x", "#### 5", 6) == 0
     parts = [{"type": "text", "text": "\\boxed"}, {"type": "text", "text": "{3}"}]
-    chat = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": x}] for x in ("\\boxed{3}", parts)]
+    chat = [[{"role": "user", "content": "?"}, {"role": "x", "content": x}] for x in ("\\boxed{3}", parts)]
     assert reward_func(["\\boxed{3}", "4"], answer=["3", "3"], prompts=["", ""]) == [1.0, 0.0]
     assert reward_func(completions=[*chat, []], solution=["3", "3", "3"]) == [1.0, 1.0, 0.0]
     assert reward_func(["1", "1"], ground_truth=[None, ""]) == [None, None]
@@ -187,7 +188,7 @@ def notations(value, rng):
     """The rational in a notation drawn at random; every one of them names exactly this value."""
     n, d = value.numerator, value.denominator
     k, sign = rng.randint(2, 9), "-" if n < 0 else ""
-    forms = [f"{n * k}/{d * k}", f"\\frac{{{n}}}{{{d}}}", f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n} \\div {d}"]
+    forms = [f"{n * k}/{d * k}", f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n} \\div {d}"]
     if abs(n) > d > 1:
         forms += [f"{sign}{abs(n) // d} {abs(n) % d}/{d}"]
     if 10**9 % d == 0:  # a finite decimal
@@ -201,7 +202,8 @@ def test_generated_pairs():
     for _ in range(2000):
         top, bottom = rng.randint(0, rng.choice([9, 99, 10**6])), rng.choice([1, 2, 3, 4, 5, 7, 8, 100, 999])
         value = Fraction(rng.choice([-1, 1]) * top, bottom)
-        a, b, c = (notations(x, rng) for x in (value, value, value + Fraction(1, rng.choice([-1, 10, 10**6]))))
+        other = value + Fraction(1, rng.choice([-1, 10, 997, 10**6]))
+        a, b, c = (notations(x, rng) for x in (value, value, other))
         assert is_equivalent(a, b) is True, (a, b)
         assert is_equivalent(a, c) is False and is_equivalent(c, a) is False, (a, c)
 
