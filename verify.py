@@ -25,9 +25,8 @@ from collections import namedtuple
 from contextlib import suppress
 from fractions import Fraction
 
-MAX_LENGTH = 1000  # of an answer
-
 # ------------------------------------------------------------------------------------------------ Extraction
+MAX_LENGTH = 1000  # of an answer
 INSIDE = r"[^{}\\]"
 for _ in range(9):  # levels of braces
     INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{INSIDE}\}})*+"
@@ -39,7 +38,7 @@ MARKER = re.compile(f"{SIGN}({TAG})")
 CONTENT = re.compile(rf"(?s)<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####([^\n\r<]*)")
 # What denies or doubts an answer stands before "the answer", so a clause must start there.
 CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?"
-REST = r"(?:(?:the|my|our) )?(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
+REST = r"(?:the |my |our )?(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
 IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the end, but for special tokens
 
 
@@ -50,7 +49,7 @@ def extract_answer(text):
     if marker is None:
         answer = IN_WORDS.search(text[-MAX_LENGTH:].replace("**", ""))
         return answer and answer[1].strip()
-    content = CONTENT.match(text[marker.start(2):][:2 * MAX_LENGTH])
+    content = CONTENT.match(text[marker.start(2):][:MAX_LENGTH])
     return "-" * bool(marker[1]) + content[content.lastindex].strip() if content else ""
 
 
@@ -169,7 +168,7 @@ NAME += r"\([A-Za-z,]*\)|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
 NAMING = re.compile(r"(?![A-Z]=[A-Z]$)(?=.{,25}=)" + NAME + r"|[A-Za-z+]++=(?=[^A-Za-z]+$)")
 OPENING, CLOSING = r"([{\{", r")]}\}"
 UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°¢€£¥₹])(?:[A-Za-zΩμ/.*"°]|\^\{?-?\d\}?)*)?')
-KNOWN = "frac|sqrt|pi|infty|(?:var)?(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega)"
+KNOWN = "frac|sqrt|pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega"
 WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢€£¥₹/%\d]")  # apples
 WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
 NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
@@ -201,7 +200,7 @@ def read(tokens):
     if len(sides := split(tokens, "=")) > 1:  # x = 2 * 8 = 16, of which the last side counts
         values = [read(side) for side in sides[bool(NAMING.match("".join(tokens))):]]
         if "%" in tokens or not all(equal(value, values[0]) for value in values):
-            raise ValueError("false, or a formula")
+            raise ValueError  # false, or a formula
         return values[-1]
     if tokens[0] in OPENING and tokens[-1] in CLOSING and (inside := split(tokens[1:-1], ",")):
         if len(inside) == 1 and tokens[0] in "({":
@@ -210,7 +209,7 @@ def read(tokens):
     rest = [";", *reversed(tokens)]
     value, unit = climb(rest), "".join(rest[:0:-1])
     if NO_PRODUCT.match(" ".join(tokens)) or not UNIT.fullmatch(unit):
-        raise ValueError("neither a number nor a product")
+        raise ValueError  # neither a number nor a product
     return Quantity(value, tokens[:len(tokens) - len(rest) + 1], WORD.findall(unit))
 
 
@@ -235,12 +234,14 @@ def parse(text):
 FRACTION = r"(?:\d+ )?\d+/\d+|\\frac\{-?\d+\}\{-?\d+\}"
 LITERAL = re.compile(rf"[-+]?(?:{FRACTION}|\d*\.?\d*(?:\*10\^\{{-?\d+\}}|[eE]-?\d+)?)")
 TO_DO = re.compile(  # brackets, powers, roots in denominators
-    rf"(?<!sqrt)[(^]|\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
-LETTER = r"(?:[(\[<] ?(?=\w ?[)\]>])|(?=\w(?:$| ?[.:,;)]| \(| - [A-Za-z]{2})))([A-Ja-j])[ )\]>.:,;]*(.*)"
-OPTION = re.compile(r"(?!E\. ?coli|\w\. ?[A-Z]\.|[ei]$)(?:(?i:option|choice) )?" + LETTER)
+    r"(?<!sqrt)[(^]|" rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
+LETTER = r"(?:[(\[<] ?(?=\w ?[)\]>])|(?=\w(?:$| ?[.:,;)]| \(| - [A-Za-z]{2})))"
+BEFORE = r"(?!E\. ?coli|\w\. ?[A-Z]\.|[ei]$)(?:(?i:option|choice) )?"
+OPTION = re.compile(rf"{BEFORE}{LETTER}([A-Ja-j])[ )\]>.:,;]*(.*)")
 OTHER_OPTION = re.compile(
-    r"(?<!\d )(?<![\w°^])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|(?:^| )[a-j][.)] |^[a-j]$|"
-    r"^\W*[AI]\b(?! [a-z])|(?:[,/|&] ?|\bor |\band )[A-Ja-j]\b(?! ?[=+*/^(-])|\ball (?:of )?the (?!above)")
+    r"(?<!\d )(?<![\w°^])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|(?:^| )[a-j][.)] |"
+    r"^[a-j]$|^\W*[AI]\b(?! [a-z])|(?:[,/|&] ?|\bor |\band )[A-Ja-j]\b(?! ?[=+*/^(-])|"
+    r"\ball (?:of )?the (?!above)")
 
 
 def equal(a, b, finished=False):
