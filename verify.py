@@ -5,14 +5,16 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
     empty or unclosed one is no answer. Else the last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
- 3. Words, % and $ at a number may be missing on one side. 2 million is a number, 12 dozen is not 12. N% is N,
-    and N/100 if the reference has a % or is no whole number.
+ 3. Words and % at a number may be missing on one side; $ is skipped. 2 million is a number, 12
+    dozen is not 12. N% is N, and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
- 5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts. x^2 + y^2 = 25 is only itself.
- 6. An option A to J: "B", "(B)", "B. cells", if no other is named. All else is text; case does not count.
- 7. verify wants the answer worked out as far as the reference: no operator or term that it lacks, no larger
-    number under a root, no more roots in denominators. 6/8 is 0.75, but 12/2 is not 6.
- 8. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
+ 5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts.
+ 6. An option A to J: "B", "(B)", "B. cells", if no other is named; but "B. cells" is not "B. bones".
+ 7. All else is text, as x < 5 and x^2 + y^2 = 25 are, and lists of words. Blanks and case do not count.
+ 8. verify wants the answer worked out as far as the reference: with letters, the same letters and numbers;
+    with roots or pi, no further number, bracket, power or root in a denominator. 6/8 is 0.75, but 12/2 is
+    not 6. What the reference itself leaves to work out, like 2^2 * 3, must be repeated.
+ 9. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
 """
 
 import math
@@ -20,119 +22,101 @@ import random
 import re
 import unicodedata
 from collections import namedtuple
+from contextlib import suppress
 from fractions import Fraction
-from numbers import Number
 
-MAX_LENGTH, MAX_TOKENS = 1000, 200  # an answer beyond these is compared as text
-
-# ---------------------------------------------------------------------------------------------- Extraction
+# ------------------------------------------------------------------------------------------------ Extraction
+MAX_LENGTH = 1000  # of an answer
 INSIDE = r"[^{}\\]"
 for _ in range(9):  # levels of braces
     INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{INSIDE}\}})*+"
-NUMERIC = r"[-+−]?(?:\\?[$€£₹])?[-+−]?[\d.][\d.,/]*+(?: ?(?:\\?%|[a-z]+))?"
-HASHES = rf"####(?<!#####)(?!#)[ *]*+(?:{NUMERIC}|\(?[A-J]\)?)[ *.]*+(?=[\n\r<]|\Z)"  # no heading
-MARKER = re.compile(rf"<answer>|\\boxed(?![a-z])|\\fbox(?![a-z])|boxed(?=\{{)|{HASHES}")
+NUMBER = r"[^\w\n\r<]{0,5}(?:(?:[a-z] ?=|frac)[^\w\n]{0,5})?\d|[ *(]{0,5}[A-J][ *.)]{0,5}(?:[\n<]|\Z)"
+HEADING = r"[^\n\r<]{0,40}(?:[A-Z][a-z]|\d[.)] +\w)"  # "#### 3. Check"
+SIGN = r"(?:(?<![\d)\]}])(?<![\d)\]}] )([-−])\$?)?"  # -\boxed{5}
+TAG = rf"<answer>|\\?boxed(?=\s*\{{)|\\fbox(?![a-z])|(?<!#)####(?!#)(?={NUMBER})(?!{HEADING})"
+MARKER = re.compile(f"{SIGN}({TAG})")
 CONTENT = re.compile(rf"(?s)<answer>(.*?)</answer>|\\?\w+\s*\{{({INSIDE})\}}|####([^\n\r<]*)")
-SIGN = re.compile(r"(?<![\d)\]}])(?<![\d)\]}] )[-−]\$?\Z")  # -\boxed{5}
 # What denies or doubts an answer stands before "the answer", so a clause must start there.
-CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?(?:(?:the|my|our) )?"
-REST = r"(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
+CLAUSE = r"(?i)(?:\A|\n|[.!?:;,] )\W{0,3}(?:(?:so|thus|hence|therefore|then|and),? )?"
+REST = r"(?:the |my |our )?(?:final |correct )?answer(?: is:?|:) ?((?:[^.!?;\n]|\.(?=[^\s<]))+?)\.*"
 IN_WORDS = re.compile(CLAUSE + REST + r"(?:\s|<[|/]?[a-z_]+\|?>)*\Z")  # at the end, but for special tokens
 
 
-def marked(text):
-    """What the last marker holds, "" if it is empty or not closed; None if there is no marker."""
+def extract_answer(text):
+    """What the last marker holds, as written; "" if it is empty or not closed; None if there is no marker."""
     text = re.sub(r"(?s)\A.*</think>|<think>.*", "", text)
     *_, marker = None, *MARKER.finditer(text)
     if marker is None:
         answer = IN_WORDS.search(text[-MAX_LENGTH:].replace("**", ""))
         return answer and answer[1].strip()
-    sign = SIGN.search(text[:marker.start()][-9:])
-    content = CONTENT.match(text[marker.start():][:2 * MAX_LENGTH])
-    return "-" * bool(sign) + content[content.lastindex].strip() if content else ""
+    content = CONTENT.match(text[marker.start(2):][:MAX_LENGTH])
+    return "-" * bool(marker[1]) + content[content.lastindex].strip() if content else ""
 
 
-def extract_answer(response: str) -> str | None:
-    """The final answer of a response, as written."""
-    return marked(response) or None
-
-
-# ------------------------------------------------------------------------------------------------ Notation
+# -------------------------------------------------------------------------------------------------- Notation
 # A word has a quotation mark before it. Pairs apply before the rules and after them.
 SYNONYMS = dict(pair.split(" ", 1) for pair in r'''
-\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ \in,≈ \approx,∪ \cup,
-∅ \emptyset,\varnothing \emptyset,\cdot *,× *,\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,‑ -,
-π \pi ,√ \sqrt ,∞ \infty ,± \pm ,\degree °,\% %,\lbrace \{,\rbrace \},\dfrac \frac,\tfrac \frac,
-\cfrac \frac,\Omega "Ω,½  1/2,⅓  1/3,⅔  2/3,¼  1/4,¾  3/4,⅕  1/5,⅙  1/6,⅛  1/8,⁰ ^{0},¹ ^{1},² ^{2},³ ^{3},
-⁴ ^{4},⁵ ^{5},⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},⁻ ^{-},"dollar $,\$ $,"usd $,"cent ¢,"percent %,"degree °,
+\leq \le,≤ \le,<= \le,\geq \ge,≥ \ge,>= \ge,\neq \ne,≠ \ne,!= \ne,\lt <,\gt >,∈ =,\in =,≈ \approx,∪ \cup,
+∅ \emptyset,\varnothing \emptyset,\cdot *,× *,\times *,· *,⋅ *,∗ *,\div /,÷ /,⁄ /,− -,– -,— -,‐ -,‑ -,± \pm ,
+π \pi ,√ \sqrt ,∞ \infty ,\degree °,\% %,\dfrac \frac,\tfrac \frac,\Omega "Ω,½  1/2,⅓  1/3,⅔  2/3,¼  1/4,
+¾  3/4,⁰ ^{0},¹ ^{1},² ^{2},³ ^{3},⁴ ^{4},⁵ ^{5},⁶ ^{6},⁷ ^{7},⁸ ^{8},⁹ ^{9},⁻ ^{-},"percent %,"degree °,
 "centimeter "cm,"meter "m,"kilometer "km,"kilogram "kg,"gram "g,"liter "L,"second "s,"minute "min,"hour "h,
-"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,"per /,"th ,"st ,"nd ,"rd ,"true "yes,
-"false "no,"hundred *10^{2},"thousand *10^{3},"million *10^{6},"billion *10^{9}
+"hr "h,"inche "in,"inch "in,"feet "ft,"foot "ft,"sq "square,"true "yes,"false "no,"hundred *10^{2},
+"thousand *10^{3},"million *10^{6},"billion *10^{9}
 '''.replace("\n", "").split(","))
 NAMED = re.compile(r'\\[A-Za-z]+|\\[%$]|"[A-Za-z]+|[<>!]=|[^\x00-\x7f]')
-# In this order: what is replaced, by what (␣ is a blank), and an example.
-RULES = [re.split(" {3,}", line)[:2] for line in r'''
-["\u200b-\u200f\u2060\ufeff]   ␣   zero-width characters never join digits
-\^\{(-?\d?)\}\^\{(\d)\}(?:\^\{(\d)\})?   ^{\1\2\3}   10⁻¹²
-^(\d+)-(\d+)$   \1"to\2   2004-2008 is a range
-(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|pi|infty|cdot|text|left|right|begin|end|pm)(?![a-z]))   \\   JSON's
-,\\! ?|\{,\}   ,   1{,}000
-\\(?:left|right|[bB]igg?[lrm]?|displaystyle|[lL]arge|limits)(?![A-Za-z])\.?|\\!   nothing   \left(
-\\mathrm ?\{([ei])\}   \1   \mathrm{e}
-\b([ap])\.m\.?   \1m   9 p.m.
-\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{[ ~]*([A-Za-z]+)([^{}]*)\}   ␣"\1\2␣   \text{ cm}
-\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}   ␣\1␣   \text{(B)}
-\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}   \1   \mathbf{x}
-\\begin\{(?:[pb]matrix|array)\}(?:\{[lcr|]*\})?   [[   a matrix is a tuple of rows
-(?:\\\\\s*)?\\end\{(?:[pb]matrix|array)\}   ]]
-\\\\   ],[
-[&;]|\\cup(?![a-z])|,?\s*"?\b(?:and|or)\b   ,   1 or 2
-(?<=\d)(?<!\.\d{3})\\,(?=\d{3}(?![\d/]))   nothing   12\,500
-\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s   ␣
-\\[()\[\]]   nothing   \(x\)
-(?<!\\)\$((?:\\.|[^$\\])*)\$   ␣\1␣   $x$
-\\?([$€£¥₹]) ?(-?[\d.,]*\d)( ?[mb]illion| thousand)?(?![A-Za-z\d])   \2\3␣\1   $5, but not $5B
-\^ ?\{? ?\\circ ?\}? ?   °   90^\circ
-\^ ?\{ ?"?(th|st|nd|rd) ?\}   \1   12^{th}
-_\{(\w)\}   _\1   x_{1}
-(?<=\d) ?[xX] ?(?=10 ?\^)   *   4.5 x 10^{33}
-\^ ?(-?\d+)   ^{\1}   2^10
-\\frac ?(\d) ?(\d)   \\frac{\1}{\2}   \frac12
-(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}   \1␣\2/\3   1\frac{3}{4}
-(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])   \\\1   sqrt(2)
-\\((?:sqrt|ln|log|sin|cos|tan)(?:_\w)?) ?\(([^()]*)\)   \\\1{\2}   \ln(2)
-(?<![\d.]\d{3}),(?=(?:\d{3},)*\d{3}(?![\d]|,\d)(?![^()\[\]]*[)\]])(?!.*\\\}))   nothing   1,234
-^ *(?:(?i:the )?(?i:final )?(?i:answer)(?::| is)|=|\\approx(?![a-z]))   nothing   = 5
-^(.*(?:\\frac|\\sqrt|\\pi|/).*)\\approx *-?[\d.]+ *$   \1   1/3 \approx 0.333
-^\s*([*_'`]{1,3})(.+)\1\s*$   \2   **18**
-((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)   \1+\2,\1-\2   2 \pm 1
-(?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)   "   words
-(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ](?:m|g|[lL]|s|J|N|W|V|A|Ω|Hz|eV|Pa|i?B)|eV|Hz|Pa)(?![A-Za-z(_]))   "   5cm
-(?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|th|st|nd|rd|am|pm|sq|[A-Z]{2,3}s)(?![A-Za-z(_]))   "
-(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?=(?:\^\{\d\})? *$)   "\1   5 N
-("[A-Za-z]{2,}[^\Ws\d])s(?![A-Za-z])   \1   apples
-'''.strip().split("\n")]
 LOWER = re.compile(r'"(?:[A-Za-z]{4,}|[A-Z]?[a-z]{2,}|No)')
+# In this order: what is replaced, by what, and an example.
+RULES = [line.split("⇒") for line in r'''
+["\u200b-\u200f\u2060\ufeff]⇒ ⇒zero-width characters never join digits
+(?<!\\)\\\\(?=[A-Za-z]{2})⇒\\⇒JSON's \\frac
+(?:\{,\}|,\\!|\\,)(?=\d{3})⇒,⇒1{,}000
+^\s*=|\\!|(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|large)(?![a-z])\.?⇒⇒\left(
+(?<![A-Za-z])([A-Za-z])\.(?=[A-Za-z]\b)⇒\1⇒U.K., 9 p.m.
+\\mathrm ?\{([ei])\}|\\(?:mathbf|mathit|mathcal|boldsymbol|bm) ?\{([^{}]*)\}⇒\1\2⇒\mathbf{x}
+\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{[ ~]*([^{}]*)\}⇒ "\1 ⇒\text{ cm}
+\\begin\{\w*(?:matrix|array)\}(?:\{[\w|]*\})?⇒[[⇒a matrix is a tuple of rows
+(?:\\\\\s*)?\\end\{\w*(?:matrix|array)\}⇒]]⇒
+\\\\⇒],[⇒
+[&;]|\\cup(?![a-z])|,?\s*"?\b(?:and|or)\b⇒,⇒1 or 2
+\\[,;: ]|\\q?quad(?![a-z])|(?<=[\d}$])~|~(?=[\\\d])|\s⇒ ⇒
+\\?\$⇒ ⇒$5$, \$5
+([€£¥₹]) ?(-?[\d.,]*\d)⇒\2\1⇒€5
+\^ ?\{? ?\\circ ?\}? ?⇒°⇒90^\circ
+(?<=\d) ?(?:\^ ?\{ ?)?"?(?:th|st|nd|rd)\b ?\}?⇒⇒12^{th}
+_\{(\w)\}⇒_\1⇒x_{1}
+(\\(?:ln|log(?:_\w)?|sin|cos|tan)) ?\((\w+)\)⇒\1 \2⇒\ln(2)
+(?<=\d) ?[xX] ?(?=\d)⇒*⇒4.5 x 10^{33}
+\}\^\{⇒⇒10⁻¹²
+(?<!\d{4})(?<=\d),(?=(?:\d{3},)*\d{3}(?!,?\d)(?![^(\[]*[)\]])(?!.*\\\}))⇒⇒1,234
+\^ ?(-?\d+)⇒^{\1}⇒2^10
+^\s*([*_'`]{1,3})(.+)\1\s*$⇒\2⇒**18**
+\\frac ?(\w)⇒\\frac{\1}⇒\frac12
+(\\frac\{[^{}]*\}) ?(\w)⇒\1{\2}⇒
+(?<![\d.^_])(\d+) ?\\frac\{(\d+)\}\{(\d+)\}⇒\1 \2/\3⇒1\frac34
+(?<![\\A-Za-z])(sqrt|pi)(?![A-Za-z])⇒\\\1⇒sqrt(2)
+^(.*\\(?:frac|sqrt|pi).*)\\approx[ \d.-]*$⇒\1⇒\frac13 \approx 0.333
+((?:^|(?<=,)|(?<=\{))(?:(?!\\pm|\\[{}])[^,])*)\\pm((?:(?!\\[{}])[^,])*)⇒\1+\2,\1-\2⇒2 \pm 1
+(?<![\\A-Za-z"])(?=[A-Za-z]*[aeiouyAEIOUY])(?=[A-Za-z]{3}|[Nn]o\b)⇒"⇒words
+(?<=[\d)}°%]) *(?=(?:[kcdmMGnμ][mgLlsJNWVAΩ]|[kMG]B|[kMG]?(?:Hz|eV|Pa)|[A-Z]{2,3}s)(?![A-Za-z(_]))⇒"⇒5cm, CDs
+(?<=[\d)}°%]) *(?=(?:ft|lbs?|oz|hrs?|mph|in|sq|(?i:[ap]m))(?![A-Za-z(_]))⇒"⇒
+(?<=[\d}]) +([mgsLJNWVAKhCFΩ])(?=(?:\^\{\d\})? *$)⇒"\1⇒5 N
+'''.strip().split("\n")]
 BLANKS = re.compile(r"(?<![A-Za-z]) +(?=\D)|(?<=\D) +(?![A-Za-z])|[ .]+$")
 NUMBERS = r" ?(?:\d+ \d+/\d+|\d+\.?\d*(?:[eE][-+]?\d{1,3}(?!\d))?|\.\d+)"
-SYMBOLS = r'\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?|\\.|"[A-Za-zΩμ]+|\S'
+SYMBOLS = r'\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?|\\.|"[A-Za-zΩμ]+|[^\s"]'
 TOKEN = re.compile(f"{NUMBERS}|{SYMBOLS}")
 
 
-def renamed(match):
-    name = match[0].lower() if LOWER.fullmatch(match[0]) else match[0]
-    return SYNONYMS.get(name, name)
-
-
-# --------------------------------------------------------------------------------------------- Expressions
 # Values are computed modulo a prime, so nothing grows. All primes below 200 are squares modulo it, and
 # x**((P + 1) / 4) is the root that respects products, so identities between roots hold. A name is a random
 # number, so that no other identities do. Fractions of up to 40 digits can be had back.
-P = 57 * 4 * math.prod(n for n in range(2, 200) if all(n % d for d in range(2, n))) - 1
+P = 228 * math.prod(n for n in range(2, 200) if all(n % d for d in range(2, n))) - 1
+RANKS = {"+": 1, "-": 1, "^": 3}
+FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
 
 
-def rational(value):
-    """The fraction of least size with this value."""
+def rational(value):  # the fraction of least size
     a, b, s, t = P, value % P, 0, 1
     while b * b > P:
         a, b, s, t = b, a % b, t, s - a // b * t
@@ -144,14 +128,10 @@ def named(name):
 
 
 def root(value):
-    radicand = rational(value)
-    size = radicand.numerator * radicand.denominator
-    result = pow(value, (P + 1) // 4, P) if 0 < size < 200**2 else 0  # a larger square may have another
-    return result if result * result % P == value else named(f"root {value}")
-
-
-FUNCTION = re.compile(r"\\(?:sqrt|a?r?c?(?:sin|cos|tan|cot|sec|csc)|log|ln|lg|exp)")
-FACTOR = re.compile(r"[*/(A-Za-zΩμ]|\\[A-Za-z]")
+    result, size = pow(value, (P + 1) // 4, P), math.prod(rational(value).as_integer_ratio())
+    if 0 < size < 200**2 and result * result % P == value:  # a larger square may have another
+        return result
+    return named(f"root {value}")
 
 
 def climb(tokens, level=1):
@@ -164,220 +144,194 @@ def climb(tokens, level=1):
         value = climb(tokens, 3) * int(token + "1")
     elif token == "\\frac":
         value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
-    elif FUNCTION.match(token):
-        value = root(climb(tokens, 4)) if token == "\\sqrt" else named(f"{token} {climb(tokens, 4)}")
+    elif token == "\\sqrt":
+        value = root(climb(tokens, 4))
     elif FACTOR.match(token):
         value = named(token)
-    else:
-        value = sum(map(Fraction, token.split()), Fraction())  # 1 3/4
-        value = value.numerator * pow(value.denominator, -1, P)
-    if tokens[-1] == "^" and level < 4:
-        tokens.pop()
-        exponent = rational(climb(tokens, 4))
-        if exponent.denominator > 1 or abs(exponent) > 10**6 or exponent <= 0 == value:
-            value = named(f"{value} ^ {exponent}")
+    else:  # 1 3/4
+        value = sum(x.numerator * pow(x.denominator, -1, P) for x in map(Fraction, token.split()))
+    while (rank := RANKS.get(tokens[-1], 2 * bool(FACTOR.match(tokens[-1])))) >= level:
+        operator = tokens.pop() if tokens[-1] in "*/^" else ""  # of a sum, its sign is left to read
+        right = climb(tokens, rank + 1)
+        if operator == "^":
+            n = rational(right)
+            value = pow(value, n.numerator, P) if n.denominator == 1 else named(f"{value} ^ {n}")
         else:
-            value = pow(value, int(exponent), P)
-    while (precedence := 1 if tokens[-1] in "+-" else 2 * bool(FACTOR.match(tokens[-1]))) >= level:
-        operator = tokens.pop() if tokens[-1] in "*/" else ""
-        right = climb(tokens, precedence + 1)  # of a sum, its sign is left for it to read
-        right = pow(right, -1, P) if operator == "/" else right
-        value = value + right if precedence == 1 else value * right
+            value = value + right if rank == 1 else value * pow(right, -1 if operator == "/" else 1, P)
     return value % P
 
 
-# ------------------------------------------------------------------------------------------------- Answers
-Quantity = namedtuple("Quantity", "value text unit")
-Group = namedtuple("Group", "brackets items")  # "": a list; ",": of names; or the signs of a relation
-Named = namedtuple("Named", "name answer")
-OPENING, CLOSING = r"( [ { \{".split(), r") ] } \}".split()
-RELATIONS = r"= \approx \in < > \le \ge \ne".split()
-NAME = r"(?![A-Z]=[A-Z]$)(?:(?!\\(?:frac|sqrt|pi))[A-Za-z\\{}|+,()' ])+"
-NAMING = re.compile(NAME + r"(?:=|\\(?:in|approx)(?![a-z]))")
-UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°$€£₹¢])(?:[A-Za-zΩμ/.*"°$]|\^\{?-?\d\}?)*)?')
-FRACTION = r"(?:\d+ )?\d+/(\d+)|\\frac\{-?\d+\}\{-?(\d+)\}"
-LITERAL = re.compile(rf"[-+]?(?:{FRACTION}|\d*\.?\d+\*10\^\{{-?\d+\}}|\d*\.?\d*(?:[eE]-?\d+)?)")
-BELOW = re.compile(rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
+Quantity = namedtuple("Quantity", "value tokens unit")
+Group = namedtuple("Group", "brackets items")  # brackets "{}": also of a bare list, or the names in it
+NAME = r"(?:[A-Za-z_|'\"]|\\(?!(?:frac|sqrt|pi)(?![a-z]))[a-z]++|\{[^{}]*\}|(?<=_)\d|"
+NAME += r"\([A-Za-z,]*\)|(?<=[A-Za-z])\([^()]*\))++="  # f(2) too
+NAMING = re.compile(r"(?![A-Z]=[A-Z]$)(?=.{,25}=)" + NAME + r"|[A-Za-z+]++=(?=[^A-Za-z]+$)")
+OPENING, CLOSING = r"([{\{", r")]}\}"
+UNIT = re.compile(r'(?:(?:"[A-Za-zΩμ]+|[%°¢€£¥₹])(?:[A-Za-zΩμ/.*"°]|\^\{?-?\d\}?)*)?')
+KNOWN = "frac|sqrt|pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|phi|omega"
+WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢€£¥₹/%\d]")  # apples
+WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
+NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
 CHANGING = set(  # after a number, these make another of it
     "one two three four five six seven eight nine ten eleven twelve twenty dozen score gross pair couple "
-    "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro "
-    "squared cubed factorial time plus am minus over divided less mod power root inverse repeating "
-    "percentage approximately roughly binary not no than because since maybe pm perhaps probably wrong "
-    "incorrect trillion quadrillion mil doubled twice".split())
+    "lakh crore mln half halve third fourth fifth sixth tenth hundredth thousandth mega kilo micro squared "
+    "cubed not no factorial time plus am pm minus over divided less mod power root inverse repeating than "
+    "roughly because since maybe perhaps probably wrong incorrect trillion mil doubled twice".split())
 
 
-def spelled(tokens):
-    return "".join(tokens).replace('"', " ").strip()
-
-
-def split(tokens, separators):
-    """The parts, and the separators between them, outside brackets; [] if a part or a bracket is missing."""
+def split(tokens, separator):  # outside brackets; nothing if one closes that is not open
     parts, depth = [[]], 0
     for token in tokens:
         depth += (token in OPENING) - (token in CLOSING)
         if depth < 0:
             return []
-        if depth or token not in separators:
+        if depth or token != separator:
             parts[-1].append(token)
         else:
-            parts += [token], []
-    return parts if depth == 0 and all(parts) else []
+            parts.append([])
+    return parts
 
 
 def read(tokens):
-    """A Group, Named or Quantity, or else the text of the tokens."""
-    parts = split(tokens, ",")
-    if len(parts) > 1:
-        return listed("", parts[::2])
-    if len(sides := split(tokens, RELATIONS)) > 1:
-        return related(sides)
-    inside = split(tokens[1:-1], ",") if parts and tokens[0] in OPENING else []
-    if len(inside) == 1 and tokens[0] in "({":
-        return read(inside[0])
-    if inside:
-        return listed(tokens[0][-1] + tokens[-1][-1], inside[::2])
+    """A Group or a Quantity; raises an error if the tokens are text."""
+    if len(parts := split(tokens, ",")) > 1:
+        names = ["".join(part[:part.index("=")]) for part in parts if "=" in part]
+        return Group(",".join(names) if len({*names}) > 1 else "{}", [*map(read, parts)])
+    if len(sides := split(tokens, "=")) > 1:  # x = 2 * 8 = 16, of which the last side counts
+        values = [read(side) for side in sides[bool(NAMING.match("".join(tokens))):]]
+        if "%" in tokens or not all(equal(value, values[0]) for value in values):
+            raise ValueError  # false, or a formula
+        return values[-1]
+    if tokens[0] in OPENING and tokens[-1] in CLOSING and (inside := split(tokens[1:-1], ",")):
+        if len(inside) == 1 and tokens[0] in "({":
+            return read(inside[0])
+        return Group(tokens[0][-1] + tokens[-1][-1], [*map(read, inside)])
     rest = [";", *reversed(tokens)]
+    value, unit = climb(rest), "".join(rest[:0:-1])
+    if NO_PRODUCT.match(" ".join(tokens)) or not UNIT.fullmatch(unit):
+        raise ValueError  # neither a number nor a product
+    return Quantity(value, tokens[:len(tokens) - len(rest) + 1], WORD.findall(unit))
+
+
+def parse(text):
+    """What read makes of a text, or else the text without blanks, in lower case unless it is letters only."""
+    def renamed(match):
+        name = match[0].lower() if LOWER.fullmatch(match[0]) else match[0]
+        return SYNONYMS.get(name) or SYNONYMS.get(name.removesuffix("s"), name)
+
+    text = unicodedata.normalize("NFKC", NAMED.sub(renamed, text))
+    for pattern, replacement, _ in RULES:
+        text = re.sub(pattern, replacement, text)
+    tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)).strip())
     try:
-        value = climb(rest)
-    except (ValueError, ArithmeticError, IndexError):
-        return spelled(tokens)
-    unit, number = "".join(rest[:0:-1]), tokens[:len(tokens) - len(rest) + 1]
-    if not parts or not UNIT.fullmatch(unit):
-        return spelled(tokens)
-    return Quantity(value, spelled(number), sorted(re.findall(r"[A-Za-zΩμ]+|[°$€£₹¢/%]|\d", unit)))
+        return read(tokens * (len(tokens) < 120))  # in bounded time
+    except (ArithmeticError, IndexError, RecursionError, ValueError):
+        text = "".join(tokens).replace('"', "")
+        return text if re.fullmatch("[A-Za-z*]+", text) else text.lower()
 
 
-def listed(brackets, parts):
-    items = [read(part) for part in parts]
-    names = {item.name for item in items if isinstance(item, Named)}
-    if len(names) == 1:  # x = 1 or x = 2
-        items = [getattr(item, "answer", item) for item in items]
-    brackets = brackets or "," * (len(names) > 1)
-    return Group("[]" if brackets == "()" and len(items) > 2 else brackets, items)
+# -------------------------------------------------------------------------------------------------- Verdicts
+FRACTION = r"(?:\d+ )?\d+/\d+|\\frac\{-?\d+\}\{-?\d+\}"
+LITERAL = re.compile(rf"[-+]?(?:{FRACTION}|\d*\.?\d*(?:\*10\^\{{-?\d+\}}|[eE]-?\d+)?)")
+TO_DO = re.compile(  # brackets, powers, roots in denominators
+    r"(?<!sqrt)[(^]|" rf"\\frac\{{{INSIDE}\}}\{{[^{{}}]*\\sqrt|/\(?[^-+/]*\\sqrt|\\sqrt\{{?\d*(?:/|\\frac)")
+LETTER = r"(?:[(\[<] ?(?=\w ?[)\]>])|(?=\w(?:$| ?[.:,;)]| \(| - [A-Za-z]{2})))"
+BEFORE = r"(?!E\. ?coli|\w\. ?[A-Z]\.|[ei]$)(?:(?i:option|choice) )?"
+OPTION = re.compile(rf"{BEFORE}{LETTER}([A-Ja-j])[ )\]>.:,;]*(.*)")
+OTHER_OPTION = re.compile(
+    r"(?<!\d )(?<![\w°^])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]|(?:^| )[a-j][.)] |"
+    r"^[a-j]$|^\W*[AI]\b(?! [a-z])|(?:[,/|&] ?|\bor |\band )[A-Ja-j]\b(?! ?[=+*/^(-])|"
+    r"\ball (?:of )?the (?!above)")
 
 
-def related(sides):
-    """x = 5; 2 * 8 = 16, of which the last side counts; of any other relation the sides."""
-    answers, signs = [read(side) for side in sides[::2]], "".join(sum(sides[1::2], []))
-    text = spelled(sum(sides, []))
-    name = NAMING.match(re.sub(r"_(?:\w|\{[^{}]*\})|(?<=[A-Za-z])\([^()]*\)", "", text))  # f(2) and x_1 too
-    values, equals = (answers[1:], "=" + signs[len(sides[1][0]):]) if name else (answers, signs)
-    if set(equals) != {"="} or "%" in text or not all(equal(value, values[0]) for value in values):
-        return Group(signs, answers)
-    return Named(spelled(sides[0]), values[-1]) if name else values[-1]
-
-
-# ------------------------------------------------------------------------------------------------ Verdicts
 def equal(a, b, finished=False):
     """Whether two answers are the same; finished: and a is worked out as far as b."""
-    if isinstance(a, Named) and isinstance(b, Named) and a.name != b.name:
-        return False
-    a, b = (getattr(x, "answer", x) for x in (a, b))
     if type(a) is not type(b) or isinstance(a, str):
         return a == b != ""
-    if isinstance(a, Quantity):
-        return same(a, b) and (not finished or worked_out(a, b))
-    brackets = f"{a.brackets} {b.brackets}"  # the answer's and the reference's
-    alike = re.fullmatch(r"(.*) \1|\{\} |, .*|.* ,", brackets) and len(a.items) == len(b.items)
-    unordered = brackets in (" ", "{} ", "{} {}", ", ,")
-    sides = [sorted(x.items, key=str) if unordered else x.items for x in (a, b)]
-    return bool(alike) and all(equal(x, y, finished) for x, y in zip(*sides))
-
-
-def same(a, b):
+    if isinstance(a, Group):
+        brackets = {a.brackets, b.brackets}
+        sides = [sorted(x.items, key=str) if brackets == {"{}"} else x.items for x in (a, b)]
+        alike = len(brackets) == 1 or "{}" in brackets and "," in "".join(brackets)
+        return alike and len(a.items) == len(b.items) and all(equal(*pair, finished) for pair in zip(*sides))
     if a.unit != b.unit and (a.unit and b.unit or CHANGING & {*a.unit, *b.unit}):
         return False
-    x, y = a.value * 100 ** ("%" in b.unit), b.value * 100 ** ("%" in a.unit)
-    of_hundred = a.unit != b.unit and ("%" in b.unit or rational(b.value).denominator > 1)
-    return a.value == b.value or of_hundred and x % P == y % P
+    x, y = (a, b) if b.unit else (b, a)  # the unit is y's
+    of_hundred = y.unit == ["%"] != x.unit and (y is b or rational(x.value).denominator > 1)
+    same = x.value == y.value or of_hundred and x.value * 100 % P == y.value
+    return same and not (finished and unfinished(a, b))
 
 
-def work(text):
-    """What is left to work out: operators, terms, the largest number under a root, roots in denominators."""
-    below = len(BELOW.findall(text))
-    roots = re.findall(rf"\\sqrt(\w|\{{{INSIDE}\}})", text)
-    largest = max((math.prod(map(int, re.findall(r"\d+", inside))) for inside in roots), default=0)
-    text = re.sub(r"\\sqrt(\w|\{[^{}]*\})\\sqrt", "*", text)
-    operators = set(re.findall(r"[*/^(]", text.replace("\\frac", "/")))
-    return operators, len(re.findall(r"(?<=[\w)}])[+-]", text)), largest, below
-
-
-def worked_out(a, b):
-    if literal := LITERAL.fullmatch(a.text):
-        return not any(literal.groups()) or rational(a.value).denominator > 1  # 12/2
-    symbols, others = (sorted(re.sub(r"\\[A-Za-z]+|\W|(?<!\d)1(?!\d)", "", x.text)) for x in (a, b))
-    if LITERAL.fullmatch(b.text) or symbols != others and symbols[-1:] >= ["A"]:
+def unfinished(a, b):
+    """Whether an answer leaves more to work out than the reference of the same value."""
+    answer, reference = "".join(a.tokens), "".join(b.tokens)
+    if answer == reference:
         return False
-    return all(x <= y for x, y in zip(work(a.text), work(b.text)))
+    if LITERAL.fullmatch(answer) and LITERAL.fullmatch(reference):
+        return re.search("/|frac", answer) and rational(a.value).denominator == 1  # 12/2
+    (names, numbers), (others, more) = contents(a.tokens), contents(b.tokens)
+    if names or not re.search(r"\\(?:sqrt|pi)", reference):  # like 2^2 * 3
+        return not names or names != others or numbers != more
+    return not {*numbers} <= {*more} or len(TO_DO.findall(answer)) > len(TO_DO.findall(reference))
 
 
-# E. coli and J. S. Mill are no options.
-EPITHETS = r"(?!\w\. ?(?:coli|elegans|difficile|pylori|subtilis|albicans|sapiens|[A-Z]\.))"
-LETTER = r"(?:[(\[<](?=\w[)\]>])|(?=[A-J](?:$|[.:,;)]| [-(]))|(?=\w(?:$|[.)])))([A-Ja-j])(.*)"
-OPTION = re.compile(EPITHETS + "(?:(?i:option|choice) )?" + LETTER)
-OTHER_OPTION = re.compile(
-    r"(?<!\d )(?<![\w°\\])[B-HJ](?![\w'])|[(\[][A-Ja-j][)\]]|\b[A-J][.:)]| [a-j][.)] |^\W*[AI]\b(?! [a-z])|"
-    r"[,/|&] ?[a-j]\b(?![=+*/^(-])|\ball (?:of )?the (?!above)")
+def contents(tokens):  # the names, and the numbers as numerators and denominators, but for 1
+    names = sorted(token for token in tokens if re.match(r"[A-Za-z]|\\(?!frac|sqrt|pi)", token))
+    values = [Fraction(x) for token in tokens if re.match(r"[ \d.]", token) for x in token.split()]
+    return names, sorted(n for x in values for n in x.as_integer_ratio() if n != 1)
 
 
-def option(text: str) -> str | None:
-    """The letter of the option that a text names, "" if it names others too; None if it names none."""
-    text = re.sub(r"\\(?:text|math|boxed)[a-z]*|[{}$*~]|\\(?=[ :;,])|\b(?i:answer):", " ", text[:MAX_LENGTH])
-    words = " ".join(re.sub(r"\b(?:and|or)\b", ",", text).split())
-    found = OPTION.fullmatch(words.replace("( ", "(").replace(" :", ":"))
-    return found and ("" if OTHER_OPTION.search(found[2]) else found[1].upper())
+def option(text):
+    """The letter of the option that a text names, and the rest; "" for none, or if it names others too."""
+    text = re.sub(r"\\(?:text|math|boxed)[a-z]*|[{}$*~\\]|\b(?i:answer):", " ", text)
+    found = OPTION.fullmatch(" ".join(text.split()))
+    letter, rest = found.groups() if found else ("", "")
+    return letter.upper() * (not OTHER_OPTION.search(rest)), "".join(rest.lower().split()).strip(".")
 
 
 def texts(answer):
     """An answer, or the items of a list, as text, or what its marker holds; none of what cannot be read."""
     items = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
-    items = items if isinstance(items, (list, tuple)) else [items]
     found = []
-    for x in items:
-        try:
-            known = isinstance(x, str) or isinstance(x, Number) and abs(x) < math.inf  # no NaN either
-            text = str(x) if known else ""
-        except (ArithmeticError, ValueError):  # a signaling NaN, or more digits than Python writes
-            continue
-        found.append(text.strip() if marked(text) is None else marked(text))
-    return [text for text in found if text]
+    for x in items if isinstance(items, (list, tuple)) else [items]:
+        with suppress(ArithmeticError, TypeError, ValueError):  # no number, or one that str() refuses
+            if isinstance(x, str) or abs(x) < math.inf:  # no NaN either
+                marked = extract_answer(str(x))
+                found.append(str(x).strip() if marked is None else marked)
+    return [text for text in found if 0 < len(text) <= MAX_LENGTH]
 
 
-def parse(text):
-    if len(text) > MAX_LENGTH:
-        return " ".join(text.split())
-    text = unicodedata.normalize("NFKC", NAMED.sub(renamed, text))
-    for pattern, replacement, *_ in RULES:
-        text = re.sub(pattern, replacement.replace("nothing", "").replace("␣", " "), text)
-    tokens = TOKEN.findall(BLANKS.sub("", NAMED.sub(renamed, text)))
-    return read(tokens) if len(tokens) <= MAX_TOKENS else spelled(tokens)
-
-
-def is_equivalent(answer, reference, finished: bool = False) -> bool:
+def is_equivalent(answer, reference, finished=False):
     """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
     answers = [(option(text), parse(text)) for text in texts(answer)]
-    for other in texts(reference)[:100]:  # of a list, in bounded time
-        letter = None if "a" <= other < "k" else option(other)  # a lower-case letter is a name
-        expected = parse(other)
-        if any(named_option == letter if letter else equal(value, expected, finished)
-               for named_option, value in answers):
-            return True
+    for text in texts(reference)[:100]:
+        (letter, words), expected = option(text), parse(text)
+        for (chosen, rest), value in answers:
+            same_option = chosen == letter and (rest in (words, "") or not words)
+            if same_option if letter else equal(value, expected, finished):
+                return True
     return False
 
 
-def verify(response: str, reference) -> bool:
+def verify(response, reference):
     """Whether the response's final answer is the reference, worked out. Never raises."""
-    return isinstance(response, str) and is_equivalent(marked(response) or [], reference, True)
+    return isinstance(response, str) and is_equivalent(extract_answer(response) or "", reference, True)
 
 
-def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs) -> float:
-    """The reward as verl calls it."""
+def compute_score(data_source, solution_str, ground_truth, **kwargs):
+    """The reward as verl calls it, with one response and its reference."""
     return float(verify(solution_str, ground_truth))
 
 
-def reward_func(completions, answer=None, solution=None, ground_truth=None, **kwargs) -> list:
-    """The reward as TRL calls it, of strings or messages; None, which TRL skips, if there is no reference."""
-    given = [column for column in (answer, solution, ground_truth) if column is not None]
-    references = given[0] if given else [None] * len(completions)
-    responses = [x if isinstance(x, str) else x[-1]["content"] if x else "" for x in completions]
-    return [float(verify(*pair)) if texts(pair[1]) else None for pair in zip(responses, references)]
+def reward_func(completions, *others, answer=None, solution=None, ground_truth=None, **kwargs):
+    """The reward as TRL calls it, with lists of strings or messages and of references, by name; None, which
+    TRL skips, for a row without a reference."""
+    references = [column for column in (answer, solution, ground_truth) if column is not None]
+    if not references:
+        raise TypeError("reward_func needs the references by name: answer, solution or ground_truth")
+    def content(x):  # of a string, the last of some messages, or the parts of one
+        if isinstance(x, str) or not x:
+            return x
+        return content(x[-1]["content"]) if "content" in x[-1] else "".join(part["text"] for part in x)
+
+    rows = zip(map(content, completions), references[0], strict=True)
+    return [float(verify(*row)) if texts(row[1]) else None for row in rows]

@@ -71,13 +71,13 @@ def letter(text: str) -> str | None:
     if said is not None:
         said = re.sub(r"^(?:I think it is|it is|it's) ", "", said)
         named = re.fullmatch(r"[\w ]+ \(([A-J])\)", said)
-        return named[1] if named else option(re.sub(r"[\"'“”`]", "", said))
+        return named[1] if named else option(re.sub(r"[\"'“”`]", "", said))[0]
     found = {x[1] for pattern in (LETTER, CORRECT) for x in pattern.finditer(text)
              if not DENIAL.search(sentence_before(text, x.end()) + re.split(r"[.\n]", text[x.end():])[0])}
     if found:
         return found.pop() if len(found) == 1 else None
     lines = [line.strip(" \"'“”") for line in (text.split("\n", 1)[0], text.rsplit("\n", 1)[-1])]
-    named = {option(line) for line in lines} - {None}
+    named = {option(line)[0] for line in lines} - {""}
     return named.pop() if len(named) == 1 and len(re.findall(r"(?m)^\W?[A-Ja-j][).:]", text)) < 2 else None
 
 
@@ -112,5 +112,5 @@ def verify(response: str, reference) -> bool:
         return False
     text = re.sub(SPECIAL_TOKENS, "", text[-2000:].replace("**", "").replace("\r", "")).strip()
     text = CHATTER.sub("", text).strip()
-    options = {option(right) for right in texts(reference)} - {None, ""}
+    options = {option(right)[0] for right in texts(reference)} - {""}
     return is_equivalent(letter(text) if options else answer(text), reference, finished=True)
