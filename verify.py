@@ -301,7 +301,7 @@ def texts(answer):
 
 
 def is_equivalent(answer, reference, finished=False):
-    """Whether two answers are the same, by the rules at the top of this file; finished: rule 7 too."""
+    """Whether two answers are the same, by the rules at the top of this file; finished: rule 8 too."""
     answers = [(option(text), parse(text)) for text in texts(answer)]
     for text in texts(reference)[:100]:
         (letter, words), expected = option(text), parse(text)
