@@ -236,3 +236,9 @@ def test_ids_and_texts_are_those_of_the_tokenizer_file(tmp_path, layout):
             ids = oracle.encode(text, add_special_tokens=special).ids
             assert loaded(text, add_special_tokens=special).input_ids == ids, (text, special)
             assert texts(loaded, [ids], truncated=True) == [oracle.decode(ids, skip_special_tokens=False)]
+
+
+def test_an_empty_prompt_is_refused(tiny):
+    model, _, eos_ids = icpo.load_model(str(tiny), "cpu")
+    with pytest.raises(ValueError, match="at least one token"):
+        icpo.sample(model, [[1], []], 2, 3, eos_ids)

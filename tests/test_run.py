@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
+from transformers.utils.logging import warning_once
 
 import icpo
 from examples import addition
@@ -269,7 +270,8 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
 
 @pytest.mark.parametrize("flags, message", [
     ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "--alpha: must be below 1/2"),
-    ("--beta nan", "--beta nan: out of range"), ("--lr nan", "--lr nan: out of range"), ("--seed -1", "--seed"),
+    ("--beta nan", "--beta nan: out of range"), ("--lr nan", "--lr nan: out of range"),
+    ("--seed -1", "--seed"),
     ("--train-data=", "need each other"), ("--model=", "each other"),
     ("--output-dir .", "not empty"), ("--resume absent", "No such file or directory: 'absent/config.json'"),
     ("--max-new-tokens 500", "no usable line"), ("--chat-template-kwargs {", "JSONDecodeError"),
@@ -335,6 +337,41 @@ def test_our_own_errors_are_tracebacks_but_no_memory_is_a_line(tiny, tmp_path, m
             run(*tiny_run(tiny, tmp_path / "run", *REWARD))
 
 
+# ---------------------------------------------------------------------------------------- Rewards and metrics
+
+def test_a_failed_call_scores_as_the_lowest_of_its_group_or_zero_and_is_shown_once(caplog):
+    warning_once.cache_clear()
+    responses = ["1", "-1", "math.nan", "-math.inf", "1", "[]", "1 / 0", "exec('raise SystemExit')", "?"]
+    examples = [icpo.Example("", "r", [])] * 3
+    rewards, failed = icpo.score_responses(lambda text, _: eval(text), responses, examples)
+    assert rewards.tolist() == [[1, -1, -1], [1, 1, 1], [0, 0, 0]]
+    assert failed.tolist() == [[False, False, True], [True, False, True], [True, True, True]]
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_a_reward_that_changes_its_reference_changes_only_its_own_copy():
+    examples = [icpo.Example("", [], []), icpo.Example("", [0], [])]
+    rewards, _ = icpo.score_responses(lambda text, own: own.append(text) or len(own), list("abcd"), examples)
+    assert rewards.tolist() == [[1, 1], [2, 2]]
+    assert [example.reference for example in examples] == [[], [0]]
+
+
+def test_rollout_metrics_by_hand():
+    rollout = SimpleNamespace(
+        entropies=torch.tensor([[1.0, 2.0], [3.0, 0.0]]), mask=torch.tensor([[True, True], [True, False]]),
+        lengths=torch.tensor([2, 1]), truncated=torch.tensor([True, False]))
+    rewards = torch.tensor([[0.5, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    l = torch.tensor([[-1.0, -2.0], [-1.0, -3.0], [-1.0, -4.0], [-5.0, -6.0]])
+    metrics = icpo.rollout_metrics(rollout, rewards, l, beta=1e4)
+    assert metrics == pytest.approx({
+        "reward/verified": 5.5 / 8, "groups/uniform_frac": 1 / 4,
+        "preference/agreement": 1 / 3,  # two groups agree, one does not, and one is uniform
+        "confidence/correct": -17 / 5, "confidence/wrong": -6 / 3,
+        "entropy": 2.0, "length/mean": 1.5, "length/truncated_frac": 0.5})
+    assert icpo.rollout_metrics(rollout, rewards, l, beta=-1e4) == metrics  # it tells of the model
+    assert icpo.rollout_metrics(rollout, torch.ones(4, 2), l, beta=1.0)["confidence/wrong"] is None
+
+
 # ------------------------------------------------------------------------------------- Prompts and responses
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -345,7 +382,7 @@ def texts(tokenizer, responses, opening="", truncated=False):
     """What the reward gets of these responses to a prompt that ends with `opening`."""
     rows = [torch.tensor(response) for response in responses]
     rollout = SimpleNamespace(
-        ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths=torch.tensor(list(map(len, rows))),
+        ids=torch.nn.utils.rnn.pad_sequence(rows, True), lengths=torch.tensor(list(map(len, rows))),
         truncated=torch.full((len(rows),), truncated))
     return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)])
 
