@@ -593,10 +593,10 @@ def encode(prompt, tokenizer, config):
     return ids, re.search(r"(<think>\s*)?\Z", text)[0]
 
 
-def load_examples(path, tokenizer, config):
-    """Examples from JSON Lines that leave room in the model's context for a response. Raises UserError."""
+def load_examples(path, tokenizer, config, context=None):
+    """Examples from JSON Lines that leave room in the context, by default the model's. Raises UserError."""
     examples = []
-    longest = tokenizer.model_max_length - config.max_new_tokens
+    longest = (context or tokenizer.model_max_length) - config.max_new_tokens
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
