@@ -9,7 +9,7 @@ One training step, numbered as in train_step:
   2. Verify each response against the reference answer: reward R.                         verify.py
   3. Sequence log-prob l, the "confidence": mean log-prob of its tokens [summary]         sequence_log_prob
   4. Preference advantage s: l compared in pairs [paper], less probable wins [ours]       preference_advantage
-  5. Advantage A: R + alpha * s [ours], normalized over the group as in GRPO [paper]      icpo_advantage
+  5. Advantage A: s joins the reward [paper], R + alpha * s [ours]; GRPO normalizes it.   icpo_advantage
   6. Weight every token of a response by its A in the clipped loss of PPO and GRPO.       policy_loss, update
 
 Marks: [paper] the abstract or the authors' README, [summary] a public summary, [ours] our reading or choice,
@@ -22,8 +22,8 @@ left), T positions for the response (padded on the right), V vocabulary size:
   l_i, s_i    confidence, preference  (P, G)
   R_i, A_i    rewards, advantages     (P, G)
   log pi      log_probs            (B, T)  from the update's current forward pass
-  log pi_old  one quantity, taken twice: rollout.log_probs (B, T) by the sampler, for l; old_log_probs (B, T)
-              by the update's first forward pass, before any step, for the ratio
+  log pi_old  (B, T), computed twice: by the sampler, for l (rollout.log_probs), and by the update's first
+              forward pass, for the ratio (old_log_probs)
 """
 
 import copy
@@ -65,7 +65,7 @@ def sequence_log_prob(log_probs, mask):
 
 
 def finite(values):
-    """A tensor or lists as float32, detached. ValueError: NaN or infinity, which would spread in a group."""
+    """A tensor or lists as float32, detached. ValueError: NaN or infinity, which would spoil the group."""
     values = torch.as_tensor(values, dtype=torch.float32).detach()
     if not values.isfinite().all():
         raise ValueError("a reward, a confidence or beta is not finite")
@@ -85,7 +85,7 @@ def preference_advantage(confidence, beta):
     confidence = finite(confidence)
     gaps = confidence[..., None, :] - confidence[..., :, None]  # (..., G, G): gaps[..., i, j] is l_j - l_i
     # 2 sigmoid(x) - 1 = tanh(x / 2), and j = i adds 0 to the sum.
-    return torch.tanh(beta * gaps / 2).sum(dim=-1) / max(1, gaps.shape[-1] - 1)
+    return torch.tanh(finite(beta * gaps) / 2).sum(dim=-1) / max(1, gaps.shape[-1] - 1)
 
 
 def uniform_groups(rewards):
@@ -151,7 +151,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
         raise ValueError(f"aggregation is 'token' or 'sequence', not {aggregation!r}")
 
     A = torch.where(mask, advantages.reshape(len(mask), -1), 0)
-    log_ratio = torch.where(mask, log_probs - old_log_probs, 0)
+    log_ratio = torch.where(mask, log_probs - old_log_probs, 0).clamp(max=80)  # exp(89) is infinite
     ratio = log_ratio.exp()
     objective = ratio * A
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
@@ -217,7 +217,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
 
     `generate` would take what is left unset (top_k, top_p, repetition_penalty) from the generation_config,
     and its log-probs would not be those of the distribution that is trained. A prompt is prefilled once for
-    its group, and rows leave the batch as they end. Temperature 0 is read as 1e-6, which is greedy.
+    its group, and rows leave the batch as they end. Temperature 0 is greedy: the first of tied tokens.
     generator: on the CPU; None: torch's own. Leaves the model in eval mode. ValueError: an empty prompt.
     """
     if not all(prompts):
@@ -235,7 +235,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
         prompt_lengths > 0, *torch.zeros(2, B, T, device=device))
     positions = rollout.positions
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
-    uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device)
+    uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device) * (temperature > 0)
     eos = torch.tensor(eos_ids, device=device)
     cache = transformers.DynamicCache(config=model.config)
     rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
@@ -248,7 +248,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
                 rows = torch.arange(B, device=device)
                 cache.reorder_cache(rows // group_size)
                 logits = logits[rows // group_size]
-            log_p = (logits.float() / (temperature or 1e-6)).log_softmax(dim=-1)
+            log_p = (logits.float() / (temperature or 1e-30)).log_softmax(dim=-1)
             p = log_p.exp()
             # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
             cdf = p.cumsum(dim=-1, dtype=torch.float64)
@@ -273,8 +273,8 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
 def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
     """Log-probs (B, T) of the response tokens under softmax(logits / temperature): float32, 0 in the padding.
 
-    float32 copies of the logits are made in chunks of max_logits elements (at least B * V), and again in the
-    backward pass: all that grows with B * T * V is the model's own, in bf16 on a GPU, and their gradient.
+    float32 copies exist for a chunk of max_logits elements at a time (at least B * V), and are made again in
+    the backward pass: only the model's own logits, in bf16 on a GPU, and their gradient take B * T * V.
     """
     input_ids = torch.cat([rollout.prompts, rollout.ids], dim=1)
     with torch.autocast("cuda", torch.bfloat16, enabled=input_ids.is_cuda):
@@ -339,7 +339,7 @@ def score_responses(reward, responses, examples):
 def rollout_metrics(rollout, rewards, confidence, beta):
     """Metrics of a rollout, from tensors (P, G); the mean of nothing is None. Correct: a reward above 1/2."""
     correct = rewards > 0.5
-    # In [-1, 1] once normalized: do the less probable responses, whatever beta's sign, earn the reward?
+    # In [-1, 1] once normalized: did the less probable responses earn the reward, whatever beta's sign?
     agreement = group_advantage(rewards) * preference_advantage(confidence, abs(beta))
     values = {
         "reward/verified": rewards,
@@ -367,7 +367,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
     old_log_probs = []
     ref_log_probs = {}
     for module in policy.modules():
-        # Checkpointing acts in train mode only, and so would what adds noise inside of the layers.
+        # Train mode only where checkpointing needs it: elsewhere it would switch dropout on.
         module.training = getattr(module, "gradient_checkpointing", False)
     for epoch in range(config.inner_epochs):
         policy.zero_grad()  # all of it: weights that the optimizer lacks count in the norm, too
@@ -387,14 +387,14 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
             difference = (old_log_probs[i] - batch.log_probs).abs().sum()
             sums.update(stats, loss=loss.detach(), difference=difference)
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
-        tolerance = 0.1 if rollout.ids.is_cuda else 0.01  # of bf16, of float32
+        tolerance = (0.1 if rollout.ids.is_cuda else 0.01) / min(1, config.temperature)  # bf16, float32
         require(optimizer.state or means["difference"] <= tolerance,  # AdamW has none before its first step
                 f"sampled and scored log-probs differ by {means['difference']:.2g} nats per token")
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         if isfinite(norm):
             optimizer.step()
     return {
-        "loss": float(sums["loss"]), "grad_norm": norm,
+        "loss": float(sums["loss"]), "grad_norm": norm if isfinite(norm) else None,
         "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
         "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
 
@@ -420,7 +420,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     # 6. Update.
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
-    metrics |= {"reward/errors": int(failed.sum())}
+    metrics["reward/errors"] = int(failed.sum())
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
                 "response": responses[b], "reward": r, "confidence": l, "advantage": A}
@@ -475,7 +475,7 @@ class Config:
     eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
 
     def __post_init__(self):
-        may_be_0 = "seed lr warmup_steps alpha clip_low clip_high kl_coef eval_samples"
+        may_be_0 = "seed steps lr warmup_steps alpha clip_low clip_high kl_coef eval_samples".split()
         for name, value in vars(self).items():
             value = np.asarray(value).item()  # a number of numpy, say of a sweep, becomes Python's
             setattr(self, name, value)
@@ -496,7 +496,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """Attention that, for one new token, treats query heads that share a key-value head as queries of one.
 
-    So the cache is read as it is: where there is padding, transformers' sdpa copies it for each query head.
+    transformers' sdpa expands the cache to all query heads where there is padding, token after token.
     """
     B, H, T, D = query.shape
     if T > 1:
@@ -545,8 +545,8 @@ def load_model(path, device, gradient_checkpointing=False):
         update(model, sgd, rollout, torch.ones(4, device=device), Config())
         model.zero_grad()
     except Exception as error:  # a damaged file or a foreign model raises what it likes
-        raise UserError(f"--model {path}: {error!r:.200}; give the folder or hub name of a whole model (of a "
-                        f"run, its folder model), no LoRA adapter, no file")
+        raise UserError(f"--model {path}: {error!r:.200}; it must fit in memory, and be the folder or hub "
+                        f"name of a whole model (of a run, its folder model), no LoRA adapter, no file")
     tokenizer.model_max_length = getattr(text_config, "max_position_embeddings", tokenizer.model_max_length)
     return model, tokenizer, sorted(map(int, ends))
 
@@ -709,9 +709,9 @@ def train(config):
                 torch.save(state, out / "checkpoint.part")
                 os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole, or not at all
                 saved = step
+        save_model(policy, eos_ids, out / "model")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"--resume {out} continues after step {saved}" if saved >= 0 else "")
-    save_model(policy, eos_ids, out / "model")
     print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
     return metrics
 
