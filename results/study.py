@@ -245,7 +245,7 @@ def area_table(cells: list[dict]) -> str:
     """What decides: GRPO's first agreement and area, and the others' area minus GRPO's."""
     return markdown(["area", "seeds", "first agreement", "GRPO", *OTHERS], [
         [cell["name"], str(len(cell["ICPO"])), level(cell["agreement"]), level(cell["area"]),
-         *(difference(cell[method]) for method in OTHERS)] for cell in cells])
+         *(difference(cell[method], digits=4) for method in OTHERS)] for cell in cells])
 
 
 def verdict(cells: list[dict]) -> str:
@@ -268,24 +268,20 @@ def claims_table(rows: list[dict]) -> str:
         for name, cell in CELLS.items()])
 
 
-def small_measures(rows: list[dict]) -> str:
-    """Of measures that hardly differ: GRPO's means over the cells, and the largest difference from them."""
+def others(rows: list[dict]) -> str:
+    """What hardly differs: GRPO's means over the cells, and the largest difference. Whether ICPO can act, clean."""
     lines = []
     for name in SMALL:
         base = [np.mean([*by_seed(rows, MEASURES[name], method="GRPO", **cell).values()]) for cell in CELLS.values()]
-        differences = [abs(np.mean(minus_grpo(rows, MEASURES[name], method, **cell)))
-                       for cell in CELLS.values() for method in ("ICPO", "opposite")]
-        lines.append(f"*{name}*: {min(base):.3f} to {max(base):.3f} with GRPO, and at most {max(differences):.3f} off.")
+        off = [abs(np.mean(minus_grpo(rows, MEASURES[name], method, **cell)))
+               for cell in CELLS.values() for method in ("ICPO", "opposite")]
+        lines.append(f"- *{name}*: {min(base):.3f} to {max(base):.3f} with GRPO, at most {max(off):.3f} off.")
+    for regime in REGIMES:
+        distinct, shift = (level(by_seed(rows, MEASURES[name], regime=regime, method=method, noise=0.0).values())
+                           for name, method in (("distinct texts, first ten steps", "GRPO"), ("shift of A", "ICPO")))
+        lines.append(f"- *{regime}*, clean: {distinct} distinct texts in mixed groups of GRPO's first ten steps; "
+                     f"shift of A {shift}.")
     return "\n".join(lines)
-
-
-def variety_of(rows: list[dict]) -> str:
-    """Whether the method can act: distinct texts of GRPO's mixed groups, how far ICPO's A is from GRPO's."""
-    def shown(name, method, regime):
-        return level(by_seed(rows, MEASURES[name], regime=regime, method=method, noise=0.0).values())
-    return "\n".join(
-        f"*{regime}*, clean: {shown('distinct texts, first ten steps', 'GRPO', regime)} distinct texts in GRPO's mixed "
-        f"groups of the first ten steps; shift of A {shown('shift of A', 'ICPO', regime)}." for regime in REGIMES)
 
 
 def tuning_table(rows: list[dict]) -> str:
@@ -341,10 +337,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tune:
         print(tuning_table(complete(RESULTS / "tuning.jsonl", plan(TUNING, TUNING_SEEDS), args, run, warm_starts)))
         return
-    rows = complete(RESULTS / "study.jsonl", plan(METHODS, SEEDS), args, run, warm_starts)
-    cells = outcomes()
-    found = [area_table(cells), verdict(cells), claims_table(rows), small_measures(rows), variety_of(rows)]
-    print("\n\n".join(found))
+    rows, cells = complete(RESULTS / "study.jsonl", plan(METHODS, SEEDS), args, run, warm_starts), outcomes()
+    print("\n\n".join([area_table(cells), verdict(cells), claims_table(rows), others(rows)]))
     if importlib.util.find_spec("matplotlib"):
         draw_when(cells, RESULTS / "when.png")
     else:

@@ -26,9 +26,9 @@ def level(values, form: str = "{:.3f} ± {:.3f}") -> str:
     return form.format(*interval(values)) if len(values) > 1 else ""
 
 
-def difference(values) -> str:
+def difference(values, digits: int = 3) -> str:
     """Of differences: mean and 95% interval, bold if it leaves out 0."""
-    shown = level(values, "{:+.3f} ± {:.3f}")
+    shown = level(values, f"{{:+.{digits}f}} ± {{:.{digits}f}}")
     return f"**{shown}**" if shown and side(values) else shown
 
 
