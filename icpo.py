@@ -737,7 +737,7 @@ def main(arguments):
         train(config)
         return 0
     except KeyboardInterrupt as stop:
-        print("\nicpo.py: stopped", *stop.args, file=sys.stderr)
+        print("\nicpo.py: stopped;", *stop.args, file=sys.stderr)
         return 130
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         print(f"icpo.py: error: {error}", file=sys.stderr)
