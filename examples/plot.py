@@ -75,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not importlib.util.find_spec("matplotlib"):
             raise ValueError("matplotlib is missing: pip install matplotlib")
+        if Path(args.output).exists():
+            raise ValueError(f"{args.output} is there already: name another --output")
         draw({run: read(Path(run) / "metrics.jsonl") for run in args.runs}, args.output)
     except (OSError, ValueError) as error:
         print(f"plot.py: error: {error}", file=sys.stderr)

@@ -295,6 +295,8 @@ def test_plot_draws_runs_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     if found("matplotlib"):
         assert plot.main([*runs, "--output", str(tmp_path / "plot.png")]) == 0
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        assert plot.main([*runs, "--output", str(tmp_path / "plot.png")]) == 2
+        assert "is there already" in capsys.readouterr().err
         (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 0}\n{"st')
         for run in (str(tmp_path / "b"), str(tmp_path / "none")):
             assert plot.main([run, "--output", str(tmp_path / "no.png")]) == 2
