@@ -50,7 +50,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------- The method
-
 def sequence_log_prob(log_probs, mask):
     """The confidence of each response [summary]: its mean log-prob per token, so that lengths compare:
 
@@ -167,7 +166,6 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
 
 
 # ---------------------------------------------------------- Sampling, scoring, rewards and one training step
-
 @dataclass
 class Rollout:
     """B responses with their prompts: P * G in prompt order, fewer after select. Masks come from lengths."""
@@ -394,9 +392,12 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
         if isfinite(norm):
             optimizer.step()
     return {
-        "loss": float(sums["loss"]), "grad_norm": norm if isfinite(norm) else None,
-        "sampling/logp_difference": means["difference"], "ratio/clip_frac": means["clipped"],
-        "kl/old": means["kl_old"], "kl/ref": means["kl_ref"]}
+        "loss": float(sums["loss"]),
+        "grad_norm": norm if isfinite(norm) else None,
+        "sampling/logp_difference": means["difference"],
+        "ratio/clip_frac": means["clipped"],
+        "kl/old": means["kl_old"],
+        "kl/ref": means["kl_ref"]}
 
 
 def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, ref_model=None):
@@ -422,14 +423,14 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
     metrics["reward/errors"] = int(failed.sum())
     numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
-    samples = [{"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
-                "response": responses[b], "reward": r, "confidence": l, "advantage": A}
-               for b, (r, l, A) in enumerate(numbers)]
+    samples = [
+        {"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
+         "response": responses[b], "reward": R, "confidence": l, "advantage": A}
+        for b, (R, l, A) in enumerate(numbers)]
     return metrics, samples
 
 
 # --------------------- The algorithm ends here. Below is what it takes to run it. ---------------------
-
 @dataclass
 class Config:
     """The flags of the command line: group_size is --group-size, and the comments are its --help."""
@@ -443,7 +444,6 @@ class Config:
     no_chat_template: bool = False  # use prompts as they are, without the chat template
     chat_template_kwargs: str = "{}"  # JSON for the chat template, such as '{"enable_thinking": false}'
     reward: str = ""  # module:function, f(response, reference) -> float; by default verify.py's verify
-    # The run
     output_dir: str = ""  # the run's own folder, new or empty; by default runs/<model>-<date>-<time>
     resume: str = ""  # folder of a run to continue with its settings, except for the flags that are given
     save_every: int = 10  # steps between checkpoints
@@ -469,7 +469,6 @@ class Config:
     clip_high: float = 0.28  # the ratio is clipped above 1 + clip_high
     aggregation: Literal["token", "sequence"] = "token"  # what has equal weight
     kl_coef: float = 0.0  # weight of the KL to the initial model, which then stays in memory
-    # Evaluation
     eval_every: int = 10  # steps between evaluations
     eval_rows: int = 256  # rows of the evaluation data that are used
     eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
@@ -487,7 +486,6 @@ class Config:
 
 
 # --------------------------------------------------------------------------------------------- Model and data
-
 CLOSING = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")  # of a message in chat templates: end a response too
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")  # of a model's folder, when it is saved again
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -618,7 +616,6 @@ def load_examples(path, tokenizer, config, context=None):
 
 
 # --------------------------------------------------------------------------------------------------- Training
-
 def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
     """Metrics of greedy responses and of k = eval_samples more; shows them, and the first greedy response."""
     generator = torch.Generator().manual_seed(config.seed)  # its own, so that every evaluation draws alike
