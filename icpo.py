@@ -444,6 +444,7 @@ class Config:
     no_chat_template: bool = False  # use prompts as they are, without the chat template
     chat_template_kwargs: str = "{}"  # JSON for the chat template, such as '{"enable_thinking": false}'
     reward: str = ""  # module:function, f(response, reference) -> float; by default verify.py's verify
+    # The run
     output_dir: str = ""  # the run's own folder, new or empty; by default runs/<model>-<date>-<time>
     resume: str = ""  # folder of a run to continue with its settings, except for the flags that are given
     save_every: int = 10  # steps between checkpoints
@@ -469,6 +470,7 @@ class Config:
     clip_high: float = 0.28  # the ratio is clipped above 1 + clip_high
     aggregation: Literal["token", "sequence"] = "token"  # what has equal weight
     kl_coef: float = 0.0  # weight of the KL to the initial model, which then stays in memory
+    # Evaluation
     eval_every: int = 10  # steps between evaluations
     eval_rows: int = 256  # rows of the evaluation data that are used
     eval_samples: int = 8  # samples k of each row for mean@k and pass@k; 0: greedy only
