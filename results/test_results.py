@@ -63,7 +63,7 @@ def test_tables_are_those_of_the_logs(monkeypatch, capsys):
            for setting in json.loads((RESULTS / "benchmark.json").read_text()).values()]
     for base in (["bare"], ["trl", "trl best"]):
         ratios = [row["icpo"] / min(row[name] for name in base) for row in cpu]
-        assert f"{min(ratios):.2f} to {max(ratios):.2f} of " in README, ratios
+        assert f"{min(ratios):.2f} to {max(ratios):.2f} of" in README, ratios
 
 
 def test_an_interval_of_paired_differences_by_hand():
