@@ -727,7 +727,8 @@ def parse(arguments):
     return Config(**vars(parser.parse_args(arguments)))
 
 
-def main(arguments):
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = parse(arguments)
         if not config.model and not config.train_data:
@@ -745,4 +746,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # in a file, too
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
