@@ -385,7 +385,7 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
             difference = (old_log_probs[i] - batch.log_probs).abs().sum()
             sums.update(stats, loss=loss.detach(), difference=difference)
         means = Counter({name: float(value / sums["tokens"]) for name, value in sums.items()})
-        tolerance = (0.1 if rollout.ids.is_cuda else 0.01) / min(1, config.temperature)  # bf16, float32
+        tolerance = 0.1 if rollout.ids.is_cuda else 0.01  # of bf16, of float32
         require(optimizer.state or means["difference"] <= tolerance,  # AdamW has none before its first step
                 f"sampled and scored log-probs differ by {means['difference']:.2g} nats per token")
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
