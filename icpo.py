@@ -693,9 +693,10 @@ def train(config):
                 batch = batch_of(examples, step, config)
                 metrics, samples = train_step(
                     policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
+                agreement = metrics["preference/agreement"]  # 0: no group has both right and wrong responses
                 tqdm.write(
                     f"{step}/{config.steps} reward {metrics['reward/verified']:.2f}, entropy "
-                    f"{metrics['entropy']:.2f}, agree {metrics['preference/agreement']:.2f}, cut "
+                    f"{metrics['entropy']:.2f}, agree {f'{agreement:.2f}' if agreement else '-'}, cut "
                     f"{metrics['length/truncated_frac']:.2f}, {strftime('%H:%M:%S')}")
             if held_out and (step % config.eval_every == 0 or step == config.steps):
                 metrics |= evaluate(policy, tokenizer, eos_ids, held_out[:config.eval_rows], reward, config)
