@@ -185,8 +185,7 @@ class Rollout:
     @property
     def positions(self):
         """(B, N + T) 0 at the first token of the prompt, below 0 on the padding before it."""
-        N = self.prompts.shape[1]
-        T = self.ids.shape[1]
+        N, T = self.prompts.shape[1], self.ids.shape[1]
         return torch.arange(-N, T, device=self.ids.device) + self.prompt_lengths[:, None]
 
     def select(self, rows):
@@ -281,6 +280,7 @@ def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
     def score(logits, ids):
         log_p = (logits.float() / temperature).log_softmax(dim=-1)
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
+
     columns = max(1, max_logits // logits[:, 0].numel())
     chunks = zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1))
     scores = [torch.utils.checkpoint.checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
@@ -289,6 +289,7 @@ def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
 
 class UserError(Exception):
     """An error that the user can fix: shown as one line, exit status 2."""
+    __repr__ = Exception.__str__  # inside of another message, too
 
 
 def require(holds, message):
@@ -528,8 +529,7 @@ def load_model(path, device, gradient_checkpointing=False):
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
-        missing = loaded["missing_keys"]
-        require(not missing, f"no weights in it for {missing}")
+        require(not loaded["missing_keys"], f"no weights in it for {loaded['missing_keys']}")
         closing = map(tokenizer.get_vocab().get, CLOSING)
         ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id, *closing} - {None}
         require(ends, "no eos token in its tokenizer or generation_config.json")

@@ -5,8 +5,8 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
     empty or unclosed one is no answer. Else the last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
- 3. Words and % at a number may be missing on one side; $ is skipped. 2 million is a number, 12
-    dozen is not 12. N% is N, and N/100 if the reference has a % or is no whole number.
+ 3. Words and % at a number may be missing on one side; $ is skipped. 2 million is a number, 12 dozen is not
+    12. N% is N, and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts.
  6. An option A to J: "B", "(B)", "B. cells", if no other is named; but "B. cells" is not "B. bones".
@@ -323,11 +323,14 @@ def compute_score(data_source, solution_str, ground_truth, **kwargs):
 
 
 def reward_func(completions, *others, answer=None, solution=None, ground_truth=None, **kwargs):
-    """The reward as TRL calls it, with lists of strings or messages and of references, by name; None, which
-    TRL skips, for a row without a reference."""
+    """The reward as TRL calls it, with lists by name: completions (strings or messages) and references.
+
+    A row without a reference gets None, which TRL skips.
+    """
     references = [column for column in (answer, solution, ground_truth) if column is not None]
     if not references:
         raise TypeError("reward_func needs the references by name: answer, solution or ground_truth")
+
     def content(x):  # of a string, the last of some messages, or the parts of one
         if isinstance(x, str) or not x:
             return x

@@ -268,14 +268,15 @@ def claims_table(rows: list[dict]) -> str:
         for name, cell in CELLS.items()])
 
 
-def others(rows: list[dict]) -> str:
+def minor_measures(rows: list[dict]) -> str:
     """What hardly differs: GRPO's means over the cells, and the largest difference. Whether ICPO can act, clean."""
     lines = []
     for name in SMALL:
         base = [np.mean([*by_seed(rows, MEASURES[name], method="GRPO", **cell).values()]) for cell in CELLS.values()]
         off = [abs(np.mean(minus_grpo(rows, MEASURES[name], method, **cell)))
                for cell in CELLS.values() for method in ("ICPO", "opposite")]
-        lines.append(f"- *{name}*: {min(base):.3f} to {max(base):.3f} with GRPO, at most {max(off):.3f} off.")
+        lines.append(f"- *{name}*: {min(base):.3f} to {max(base):.3f} with GRPO; differences of at most "
+                     f"{max(off):.3f}.")
     for regime in REGIMES:
         distinct, shift = (level(by_seed(rows, MEASURES[name], regime=regime, method=method, noise=0.0).values())
                            for name, method in (("distinct texts, first ten steps", "GRPO"), ("shift of A", "ICPO")))
@@ -338,7 +339,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(tuning_table(complete(RESULTS / "tuning.jsonl", plan(TUNING, TUNING_SEEDS), args, run, warm_starts)))
         return
     rows, cells = complete(RESULTS / "study.jsonl", plan(METHODS, SEEDS), args, run, warm_starts), outcomes()
-    print("\n\n".join([area_table(cells), verdict(cells), claims_table(rows), others(rows)]))
+    print("\n\n".join([area_table(cells), verdict(cells), claims_table(rows), minor_measures(rows)]))
     if importlib.util.find_spec("matplotlib"):
         draw_when(cells, RESULTS / "when.png")
     else:
