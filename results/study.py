@@ -275,8 +275,7 @@ def minor_measures(rows: list[dict]) -> str:
         base = [np.mean([*by_seed(rows, MEASURES[name], method="GRPO", **cell).values()]) for cell in CELLS.values()]
         off = [abs(np.mean(minus_grpo(rows, MEASURES[name], method, **cell)))
                for cell in CELLS.values() for method in ("ICPO", "opposite")]
-        lines.append(f"- *{name}*: {min(base):.3f} to {max(base):.3f} with GRPO; differences of at most "
-                     f"{max(off):.3f}.")
+        lines.append(f"- *{name}*: {min(base):.3f} to {max(base):.3f} with GRPO; differences up to {max(off):.3f}.")
     for regime in REGIMES:
         distinct, shift = (level(by_seed(rows, MEASURES[name], regime=regime, method=method, noise=0.0).values())
                            for name, method in (("distinct texts, first ten steps", "GRPO"), ("shift of A", "ICPO")))
