@@ -102,7 +102,7 @@ def group_advantage(rewards):
     """
     r = finite(rewards)
     centered = r - r.mean(dim=-1, keepdim=True)
-    std = r.std(dim=-1, keepdim=True, correction=min(1, r.shape[-1] - 1))
+    std = r.std(dim=-1, keepdim=True)
     return torch.where(uniform_groups(r), 0, centered / std)
 
 
@@ -137,9 +137,9 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
         d = log pi_ref - log pi; the last term is Schulman's k3, whose mean under pi is KL(pi || pi_ref)
 
     log_probs, old_log_probs, ref_log_probs (B, T), advantages (B,), (B, 1) or (B, T), mask (B, T) of any
-    dtype -> a scalar, and a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_old
-    (of KL(pi_old || pi)) and kl_ref. aggregation: "token" weights all tokens equally, "sequence" all
-    responses; else ValueError. normalizer: how many there are in the whole batch; None counts this call's.
+    dtype -> a scalar, and a dict of sums over tokens, for micro-batches to add up: tokens, clipped, kl_ref.
+    aggregation: "token" weights all tokens equally, "sequence" all responses; else ValueError. normalizer:
+    how many there are in the whole batch; None counts this call's.
     """
     mask = mask.bool()
     if aggregation == "token":
@@ -150,13 +150,11 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
         raise ValueError(f"aggregation is 'token' or 'sequence', not {aggregation!r}")
 
     A = torch.where(mask, advantages.reshape(len(mask), -1), 0)
-    log_ratio = torch.where(mask, log_probs - old_log_probs, 0).clamp(max=80)  # exp(89) is infinite
-    ratio = log_ratio.exp()
+    ratio = torch.where(mask, log_probs - old_log_probs, 0).exp()
     objective = ratio * A
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
     losses = -torch.minimum(objective, clipped)
-    stats = {"tokens": mask.sum(), "clipped": (clipped < objective).sum(),
-             "kl_old": (ratio - log_ratio - 1).detach().sum()}
+    stats = {"tokens": mask.sum(), "clipped": (clipped < objective).sum()}
     if ref_log_probs is not None:
         d = torch.where(mask, ref_log_probs - log_probs, 0)
         k3 = d.exp() - d - 1
@@ -185,8 +183,8 @@ class Rollout:
     @property
     def positions(self):
         """(B, N + T) 0 at the first token of the prompt, below 0 on the padding before it."""
-        N, T = self.prompts.shape[1], self.ids.shape[1]
-        return torch.arange(-N, T, device=self.ids.device) + self.prompt_lengths[:, None]
+        columns = torch.arange(-self.prompts.shape[1], self.ids.shape[1], device=self.ids.device)
+        return columns + self.prompt_lengths[:, None]
 
     def select(self, rows):
         """The given rows (indices, not empty, or a slice) in that order, trimmed to the longest of them."""
@@ -226,31 +224,27 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     repeated = [torch.tensor(prompt, device=device) for prompt in prompts for _ in range(group_size)]
     filler = prompts[0][0]  # a real token: Gemma3n's pad token is zeros, and its gradient NaN
     prompt_ids = torch.nn.utils.rnn.pad_sequence(repeated, True, filler, padding_side="left")
-    prompt_lengths = torch.tensor(list(map(len, repeated)), device=device)
+    prompt_lengths = prompt_ids.new_tensor(list(map(len, repeated)))
     rollout = Rollout(
         prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths),
         prompt_lengths > 0, *torch.zeros(2, B, T, device=device))
     positions = rollout.positions
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device) * (temperature > 0)
-    eos = torch.tensor(eos_ids, device=device)
+    eos = prompt_ids.new_tensor(eos_ids)
     cache = transformers.DynamicCache(config=model.config)
-    rows = torch.arange(0, B, group_size, device=device)  # those in the batch; at first, one for each prompt
-    new_ids = prompt_ids[rows]
     with torch.autocast("cuda", torch.bfloat16, enabled=prompt_ids.is_cuda):
+        # A prompt is read once for its group; from then on, there is a row for each response.
+        logits = response_logits(model, prompt_ids[::group_size], positions[::group_size, :-T], 1, cache)
+        rows = torch.arange(B, device=device)  # those in the batch
+        cache.reorder_cache(rows // group_size)
+        logits = logits[rows // group_size]
         for t in range(T):
-            seen = positions[rows, :t - T]  # of the N + T positions, the N + t that have a token by now
-            logits = response_logits(model, new_ids, seen, 1, cache)[:, 0]
-            if t == 0:  # the prompts have been read: from here on, a row for each response
-                rows = torch.arange(B, device=device)
-                cache.reorder_cache(rows // group_size)
-                logits = logits[rows // group_size]
-            log_p = (logits.float() / (temperature or 1e-30)).log_softmax(dim=-1)
+            log_p = (logits[:, 0].float() / (temperature or 1e-30)).log_softmax(dim=-1)
             p = log_p.exp()
-            # Inverse CDF: in float64, exact in a long tail; a token of probability 0 is never drawn.
+            # Inverse CDF: how many tokens lie below the random number? float64 is exact in a long tail.
             cdf = p.cumsum(dim=-1, dtype=torch.float64)
-            token = torch.searchsorted(cdf, uniforms[rows, t, None] * cdf[:, -1:], right=True)
-            token = token.clamp(max=p.shape[-1] - 1)  # NaN gives id V, which crashes a GPU process
+            token = (cdf <= uniforms[rows, t, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)
             rollout.ids[rows, t, None] = token
             rollout.log_probs[rows, t, None] = log_p.gather(1, token)
             rollout.entropies[rows, t] = -(p * log_p).nansum(dim=-1)  # 0 * -inf counts as 0
@@ -258,12 +252,13 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
             unfinished = ~torch.isin(token.squeeze(1), eos)
             rollout.truncated[rows] = unfinished
             stay = torch.where(unfinished)[0]  # waits for the GPU
-            if len(stay) == 0:
+            if not len(stay) or t == T - 1:
                 break
             if len(stay) < len(rows):
                 cache.reorder_cache(stay)
                 rows = rows[stay]
-            new_ids = token[stay]
+            seen = positions[rows, :t + 1 - T]  # of the N + T positions, those that have a token by now
+            logits = response_logits(model, token[stay], seen, 1, cache)
     return rollout.select(slice(None))
 
 
@@ -282,8 +277,8 @@ def token_log_probs(model, rollout, temperature=1.0, max_logits=2**25):
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
 
     columns = max(1, max_logits // logits[:, 0].numel())
-    chunks = zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1))
-    scores = [torch.utils.checkpoint.checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    scores = [torch.utils.checkpoint.checkpoint(score, *chunk, use_reentrant=False)
+              for chunk in zip(logits.split(columns, dim=1), rollout.ids.split(columns, dim=1))]
     return torch.where(rollout.mask, torch.cat(scores, dim=1), 0)
 
 
@@ -308,27 +303,23 @@ class Example(NamedTuple):
 def texts_of(rollout, tokenizer, examples):
     """The responses as the model wrote them, its special tokens too, up to the end-of-sequence token."""
     G = len(rollout.lengths) // len(examples)
-    texts = []
     written = rollout.lengths + rollout.truncated.long() - 1
-    for b, (ids, length) in enumerate(zip(rollout.ids.tolist(), written.tolist())):
-        text = tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
-        texts.append(examples[b // G].opening + text)
-    return texts
+    return [
+        examples[b // G].opening + tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
+        for b, (ids, length) in enumerate(zip(rollout.ids.tolist(), written.tolist()))]
 
 
 def score_responses(reward, responses, examples):
     """Rewards (P, G) float32 of G responses to each example, and which calls failed, (P, G) bool."""
     G = len(responses) // len(examples)
-    values = []
-    for i, response in enumerate(responses):
+    rewards = torch.full((len(examples), G), torch.nan)
+    for b, response in enumerate(responses):
+        reference = copy.deepcopy(examples[b // G].reference)  # whoever changes it changes only this
         try:
-            # A copy, since a function that changes its reference would change it for all later calls.
-            values.append(float(reward(response, copy.deepcopy(examples[i // G].reference))))
+            rewards[b // G, b % G] = float(reward(response, reference))
         except (Exception, SystemExit):  # one response must not end a run of hours
-            values.append(torch.nan)
-            logger = transformers.logging.get_logger("icpo")
-            logger.warning_once("\na reward failed, for the first time", exc_info=True)
-    rewards = torch.tensor(values).view(-1, G)
+            transformers.logging.get_logger("icpo").warning_once(
+                "\na reward failed, for the first time", exc_info=True)
     failed = ~rewards.isfinite()
     # A failed call scores as the lowest of its group (0 if all of it failed): never above a wrong answer.
     lowest = rewards.masked_fill(failed, torch.inf).amin(dim=1, keepdim=True).nan_to_num(posinf=0)
@@ -397,7 +388,6 @@ def update(policy, optimizer, rollout, advantages, config, ref_model=None):
         "grad_norm": norm if isfinite(norm) else None,
         "sampling/logp_difference": means["difference"],
         "ratio/clip_frac": means["clipped"],
-        "kl/old": means["kl_old"],
         "kl/ref": means["kl_ref"]}
 
 
@@ -408,8 +398,8 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     """
     G = config.group_size
     # 1. Sample.
-    prompts = [example.ids for example in examples]
-    rollout = sample(policy, prompts, G, config.max_new_tokens, eos_ids, config.temperature)
+    rollout = sample(
+        policy, [example.ids for example in examples], G, config.max_new_tokens, eos_ids, config.temperature)
     responses = texts_of(rollout, tokenizer, examples)
     # 2. Verify.
     rewards, failed = score_responses(reward, responses, examples)
@@ -423,11 +413,10 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     metrics = update(policy, optimizer, rollout, advantages.flatten().to(policy.device), config, ref_model)
     metrics |= rollout_metrics(rollout, rewards, confidence, config.beta)
     metrics["reward/errors"] = int(failed.sum())
-    numbers = torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist()
     samples = [
         {"prompt": examples[b // G].prompt, "reference": examples[b // G].reference,
          "response": responses[b], "reward": R, "confidence": l, "advantage": A}
-        for b, (R, l, A) in enumerate(numbers)]
+        for b, (R, l, A) in enumerate(torch.stack([rewards, confidence, advantages]).flatten(1).T.tolist())]
     return metrics, samples
 
 
@@ -482,8 +471,8 @@ class Config:
             value = np.asarray(value).item()  # a number of numpy, say of a sweep, becomes Python's
             setattr(self, name, value)
             if type(value) in (int, float):
-                in_range = value > 0 or value == 0 and name in may_be_0 or name == "beta"
-                require(isfinite(value) and in_range, f"--{name.replace('_', '-')} {value}: out of range")
+                require(isfinite(value) and (value > 0 or value == 0 and name in may_be_0 or name == "beta"),
+                        f"--{name.replace('_', '-')} {value}: out of range")
         require(self.group_size > 1, "--group-size: must be at least 2, to compare responses")
         require(self.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
 
@@ -514,8 +503,6 @@ def load_model(path, device, gradient_checkpointing=False):
     transformers.AttentionInterface.register("grouped", grouped_attention)
     transformers.AttentionMaskInterface.register("grouped", transformers.AttentionMaskInterface()["sdpa"])
     folder = Path(path).absolute()  # to be found again when the model is saved
-    on_hub = path.count("/") < 2 and path[0] not in "./~"
-    require(on_hub or folder.exists(), f"--model {path}: no such folder")
     try:
         if not folder.exists():
             folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
@@ -530,8 +517,8 @@ def load_model(path, device, gradient_checkpointing=False):
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True)
         require(not loaded["missing_keys"], f"no weights in it for {loaded['missing_keys']}")
-        closing = map(tokenizer.get_vocab().get, CLOSING)
-        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id, *closing} - {None}
+        ends = {*np.ravel(model.generation_config.eos_token_id), tokenizer.eos_token_id,
+                *map(tokenizer.get_vocab().get, CLOSING)} - {None}
         require(ends, "no eos token in its tokenizer or generation_config.json")
         if model.config._attn_implementation == "sdpa":  # which leaves out the soft cap of Gemma 2
             capped = getattr(text_config, "attn_logit_softcapping", None)
@@ -541,8 +528,8 @@ def load_model(path, device, gradient_checkpointing=False):
         model.to(device)
         # Padding on the left, a cache, rows that share a prompt, noise in the layers.
         rollout = sample(model, [[0], [0, 0]], 2, 3, [])
-        sgd = torch.optim.SGD(model.parameters(), lr=0.0)
-        update(model, sgd, rollout, torch.ones(4, device=device), Config())
+        update(model, torch.optim.SGD(model.parameters(), lr=0.0), rollout, torch.ones(4, device=device),
+               Config())
         model.zero_grad()
     except Exception as error:  # a damaged file or a foreign model raises what it likes
         raise UserError(f"--model {path}: {error!r:.200}; it must fit in memory, and be the folder or hub "
@@ -574,8 +561,11 @@ def load_reward(spec):
         raise UserError(f"--reward {spec or 'verify:verify'}: {error!r}; give module:function, found here")
 
 
-def encode(prompt, tokenizer, config):
-    """A prompt's tokens, in the chat template if there is one, and the <think> that it leaves open, or ""."""
+def encode(row, tokenizer, config):
+    """The Example of a row of data, in the chat template if there is one, which may raise what it likes."""
+    prompt = row[config.prompt_key]
+    reference = row[config.answer_key]
+    require(reference is not None, "no answer")
     system = config.system_prompt
     user = prompt + config.prompt_suffix
     text = system + user
@@ -588,9 +578,7 @@ def encode(prompt, tokenizer, config):
         require(system.strip() in text and user.strip() in text,
                 "the chat template leaves out the prompt, or --system-prompt (--no-chat-template)")
     ids = tokenizer(text, add_special_tokens=not templated).input_ids
-    if ids[-1:] == [tokenizer.eos_token_id]:  # some tokenizers end every text
-        ids = ids[:-1]
-    return ids, re.search(r"(<think>\s*)?\Z", text)[0]
+    return Example(prompt, reference, ids, re.search(r"(<think>\s*)?\Z", text)[0])
 
 
 def load_examples(path, tokenizer, config, context=None):
@@ -601,17 +589,13 @@ def load_examples(path, tokenizer, config, context=None):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            prompt = row[config.prompt_key]
-            answer = row[config.answer_key]
-            require(answer is not None, "no answer")
-            ids, opening = encode(prompt, tokenizer, config)
+            example = encode(json.loads(line), tokenizer, config)
         except Exception as error:  # no JSON, no such key, or a chat template, which raises what it likes
             raise UserError(
                 f"{path}, line {number}: {error!r}; give a JSON object with {config.prompt_key!r} and "
                 f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
-        if 0 < len(ids) <= longest:
-            examples.append(Example(prompt, answer, ids, opening))
+        if 0 < len(example.ids) <= longest:
+            examples.append(example)
     print(f"{path}: {len(examples)} prompts of up to {longest} tokens; others do not fit the context")
     require(examples, f"{path}: no usable line; a lower --max-new-tokens leaves more of the context")
     return examples
@@ -627,37 +611,37 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
         size = max(1, config.prompts_per_step * config.group_size // k)
         for start in tqdm(range(0, len(examples), size), "evaluation", leave=False, disable=None):
             batch = examples[start:start + size]
-            prompts = [example.ids for example in batch]
-            rollout = sample(policy, prompts, k, config.max_new_tokens, eos_ids, temperature, generator)
+            rollout = sample(
+                policy, [example.ids for example in batch], k, config.max_new_tokens, eos_ids, temperature,
+                generator)
             responses += texts_of(rollout, tokenizer, batch)
         return responses, score_responses(reward, responses, examples)[0]
     greedy, rewards = respond(1, temperature=0)
-    metrics = {"accuracy": float(rewards.mean())}
+    metrics = {"eval/accuracy": float(rewards.mean())}
     if config.eval_samples:
         _, rewards = respond(config.eval_samples, config.temperature)
-        metrics["mean_at_k"] = float(rewards.mean())
-        metrics["pass_at_k"] = float(rewards.amax(dim=1).mean())
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        metrics["eval/mean_at_k"] = float(rewards.mean())
+        metrics["eval/pass_at_k"] = float(rewards.amax(1).mean())
+    shown = ", ".join(f"{name.removeprefix('eval/')} {value:.3f}" for name, value in metrics.items())
     tqdm.write(f"{shown}: {examples[0].prompt[-20:]!r} -> {greedy[0][-40:]!r}")
-    return {f"eval/{name}": value for name, value in metrics.items()}
+    return metrics
 
 
 def batch_of(examples, step, config):
     """The examples of step 1, 2, ...: each once per epoch, in an order that follows from (seed, epoch)."""
     total = len(examples)
     P = config.prompts_per_step
-    batch = []
-    for n in range((step - 1) * P, step * P):
-        order = np.random.default_rng([config.seed, n // total]).permutation(total)
-        batch.append(examples[order[n % total]])
-    return batch
+
+    def order(epoch):
+        return np.random.default_rng([config.seed, epoch]).permutation(total)
+    return [examples[order(n // total)[n % total]] for n in range((step - 1) * P, step * P)]
 
 
 def train(config):
-    """Trains, evaluates and saves, or continues the run in config.resume. Returns the last step's metrics."""
+    """Trains, evaluates, logs and saves, or continues the run in config.resume. Raises UserError, OSError."""
     require(config.model and config.train_data, "--model and --train-data need each other")
-    name = f"runs/{Path(config.model).absolute().name}-{strftime('%Y%m%d-%H%M%S')}"
-    out = Path(config.resume or config.output_dir or name).absolute()  # rewards may change the working folder
+    out = Path(config.resume or config.output_dir or
+               f"runs/{Path(config.model).name}-{strftime('%Y%m%d-%H%M%S')}").absolute()
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
@@ -665,34 +649,32 @@ def train(config):
     ref_model = copy.deepcopy(policy) if config.kl_coef else None
     examples = load_examples(config.train_data, tokenizer, config)
     held_out = load_examples(config.eval_data, tokenizer, config) if config.eval_data else []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    start = 0  # an evaluation only
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    saved = -1  # the step of the last checkpoint
     if config.resume:
         state = torch.load(out / "checkpoint.pt", map_location="cpu")
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         for log, size in zip(LOGS, state["log_sizes"]):
             os.truncate(out / log, size)  # the steps after the checkpoint will be taken, and logged, again
-        start = state["step"] + 1
+        saved = state["step"]
         del state  # three times the size of the model
-    out.mkdir(parents=True, exist_ok=True)
+    os.makedirs(out, exist_ok=True)
     with open(out / "config.json", "w" if config.resume else "x") as file:  # of two runs at once, one fails
         json.dump(vars(config), file, indent=2)
     print(f"{out}: {policy.num_parameters() / 1e6:.1f}M parameters, {config.device}; the first prompt, as "
           f"the model gets it:\n{tokenizer.decode(examples[0].ids)!r}")
-    metrics = {}
-    saved = start - 1
     try:
-        for step in tqdm(range(start, config.steps + 1), disable=None):  # no bar in a file
+        for step in tqdm(range(saved + 1, config.steps + 1), disable=None):  # no bar in a file
             metrics = {}
             samples = []
-            if step > 0:
+            if step:  # step 0 is an evaluation only
                 # Every random number follows from (seed, step): a resumed run repeats an unbroken one.
                 transformers.set_seed(np.random.SeedSequence([config.seed, step]).generate_state(1).item())
-                optimizer.param_groups[0]["lr"] = config.lr * min(1, step / max(1, config.warmup_steps))
-                batch = batch_of(examples, step, config)
+                optimizer.param_groups[0]["lr"] = config.lr * min(1, step / (config.warmup_steps or 1))
                 metrics, samples = train_step(
-                    policy, tokenizer, eos_ids, optimizer, batch, reward, config, ref_model)
+                    policy, tokenizer, eos_ids, optimizer, batch_of(examples, step, config), reward, config,
+                    ref_model)
                 agreement = metrics["preference/agreement"]  # 0: no group has both right and wrong responses
                 tqdm.write(
                     f"{step}/{config.steps} reward {metrics['reward/verified']:.2f}, entropy "
@@ -704,16 +686,15 @@ def train(config):
                 with open(out / log, "a") as file:
                     file.writelines(json.dumps({"step": step} | row) + "\n" for row in rows)
             if step % config.save_every == 0 or step == config.steps:
-                state = {"step": step, "log_sizes": [os.path.getsize(out / log) for log in LOGS],
-                         "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save(state, out / "checkpoint.part")
+                torch.save({"step": step, "log_sizes": [os.path.getsize(out / log) for log in LOGS],
+                            "policy": policy.state_dict(), "optimizer": optimizer.state_dict()},
+                           out / "checkpoint.part")
                 os.replace(out / "checkpoint.part", out / "checkpoint.pt")  # whole, or not at all
                 saved = step
         save_model(policy, eos_ids, out / "model")
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"--resume {out} continues after step {saved}" if saved >= 0 else "")
     print(f"model: {out}/model\nlogs: {out}/metrics.jsonl, {out}/samples.jsonl")
-    return metrics
 
 
 def parse(arguments):
@@ -728,8 +709,7 @@ def parse(arguments):
     return Config(**vars(parser.parse_args(arguments)))
 
 
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main(arguments):
     try:
         config = parse(arguments)
         if not config.model and not config.train_data:
@@ -747,4 +727,4 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # in a file, too
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

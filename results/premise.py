@@ -63,7 +63,7 @@ def measure(job: dict) -> dict:
     policy, tokenizer, eos_ids = icpo.load_model(real_model.located(job["model"]), "cpu")
     P, G = config.prompts_per_step, config.group_size
     questions = random.Random(0).sample(TASKS[job["task"]], STEPS * P)
-    examples = [icpo.Example(prompt, answer, *icpo.encode(prompt, tokenizer, config))
+    examples = [icpo.encode({"prompt": prompt, "answer": answer}, tokenizer, config)
                 for prompt, answer in questions]
     torch.manual_seed(0)
     reward, rows = names_capital if job["task"] == "capitals" else verify, []

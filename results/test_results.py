@@ -309,8 +309,8 @@ def test_the_premise_is_what_the_first_step_of_a_run_shows(small, tiny, tmp_path
     row, config = premise.measure(job), icpo.Config(temperature=0.7, **premise.SETTINGS)
     policy, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
     questions = random.Random(0).sample([(a, b) for a in range(2, 13) for b in range(2, 13)], 4)
-    examples = [icpo.Example("", a * b, icpo.encode(f"What is {a} * {b}?", tokenizer, config)[0])
-                for a, b in questions[:2]]
+    rows = [{"prompt": f"What is {a} * {b}?", "answer": a * b} for a, b in questions[:2]]
+    examples = [icpo.encode(row, tokenizer, config) for row in rows]
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     metrics, _ = icpo.train_step(policy, tokenizer, eos_ids, optimizer, examples, verify, config)
