@@ -18,9 +18,10 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import icpo
 import plot
-from examples import addition
+from examples import addition, plain_answers
 from test_icpo import Keep, prefix_log_prob, update_gradient
 from tests.common import rows_of, tiny
+from tests.test_verify import table
 from verify import verify
 
 assert tiny  # a fixture: a saved model with a chat template
@@ -306,3 +307,25 @@ def test_plot_draws_runs_and_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     assert plot.main([*runs, "--output", str(tmp_path / "no.png")]) == 2
     assert capsys.readouterr().err == "plot.py: error: matplotlib is missing: pip install matplotlib\n"
     assert not (tmp_path / "no.png").exists()
+
+
+# ---------------------------------------------------------------------------------- Answers without a marker
+
+PLAIN = r"""
+yes It costs 5 dollars. ~ 5 ;; So the total is **18**. I hope this helps! ~ 18 ;; B) cells ~ B
+yes It is B. ~ B ;; surplus ~ surplus ;; The answer is 12 because 3 * 4 = 12. ~ 12 ;; Answer: 6⏎Answer: 5 ~ 5
+yes The answer is D, it can't be A or B. ~ D ;; Therefore, the answer (Yes or No) is No. ~ no
+yes Answer: m+n = 256+37 = 293 ~ 293 ;; The answer is 7. Indeed, the answer is correct. ~ 7
+yes so $9 + 9 = 18$ ~ 18 ;; (3,-4) ~ (3, -4) ;; ### Final Answer⏎⏎$\sqrt{2}$ ~ \sqrt2 ;; it is 5</s> ~ 5
+yes So B is the answer. ~ B ;; \boxed{5} or 6 ~ 5
+no It costs 5 million dollars. ~ 5 ;; So it is minus 5. ~ 5 ;; There are 4 or 5 ~ 5 ;; 5 is wrong ~ 5
+no I don't pick B ~ B ;; Suppose B is correct. Contradiction. ~ B ;; The answer is A or B ~ A ;; maybe 5 ~ 5
+no The answer isn't 5. ~ 5 ;; \boxed{4} so 5 ~ 5 ;; Answer: 5⏎Wait, no.⏎Answer: 6 ~ 5 ;; It is 5 squared. ~ 5
+no There are 120 socks and 180 dishes. ~ 180 ;; A) 3 B) 4 ~ B ;; The answer is less than 5. ~ 5 ;; 1-5 ~ 5
+no x < 5 ~ 5 ;; One might think B is correct; no. ~ B ;; so 3x ~ 3
+"""
+
+
+@pytest.mark.parametrize("response, reference, right", table(PLAIN))
+def test_plain_answers(response, reference, right):
+    assert plain_answers.verify(response, reference) is right

@@ -1,4 +1,4 @@
-r"""The contract of verify.py, in the order of its docstring, a table a rule; and cases of plain_answers.py.
+r"""The contract of verify.py, in the order of its docstring, a table a rule.
 
 In the tables, ";;" separates cases, "~" a response or answer from its reference; ⏎ is a line end.
 """
@@ -186,11 +186,11 @@ def test_the_module_works_copied_alone_and_executes_nothing(tmp_path):
 
 def notations(value, rng):
     """The rational in a notation drawn at random; every one of them names exactly this value."""
-    n, d = value.numerator, value.denominator
-    k, sign = rng.randint(2, 9), "-" if n < 0 else ""
+    n, d = value.as_integer_ratio()
+    k, sign = rng.randint(2, 9), "-" * (n < 0)
     forms = [f"{n * k}/{d * k}", f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n} \\div {d}"]
     if abs(n) > d > 1:
-        forms += [f"{sign}{abs(n) // d} {abs(n) % d}/{d}"]
+        forms.append(f"{sign}{abs(n) // d} {abs(n) % d}/{d}")
     if 10**9 % d == 0:  # a finite decimal
         whole, part = divmod(abs(n) * 10**9 // d, 10**9)
         forms += [f"{sign}{whole:,}.{part:09d}", f"{sign}{whole}.{part:09d}e0", f"{sign}${whole}.{part:09d}"]
@@ -200,10 +200,9 @@ def notations(value, rng):
 def test_generated_pairs():
     rng = random.Random(0)
     for _ in range(2000):
-        top, bottom = rng.randint(0, rng.choice([9, 99, 10**6])), rng.choice([1, 2, 3, 4, 5, 7, 8, 100, 999])
-        value = Fraction(rng.choice([-1, 1]) * top, bottom)
-        other = value + Fraction(1, rng.choice([-1, 10, 997, 10**6]))
-        a, b, c = (notations(x, rng) for x in (value, value, other))
+        size, d = rng.choice([9, 99, 10**6]), rng.choice([1, 2, 3, 4, 5, 7, 8, 100, 999])
+        value, step = Fraction(rng.randint(-size, size), d), Fraction(1, rng.choice([-1, 10, 997, 10**6]))
+        a, b, c = (notations(x, rng) for x in (value, value, value + step))
         assert is_equivalent(a, b) is True, (a, b)
         assert is_equivalent(a, c) is False and is_equivalent(c, a) is False, (a, c)
 
@@ -241,34 +240,10 @@ def test_no_input_takes_long(piece):
             assert min(times) <= 0.05, (pair[0][:20], min(times))
 
 
-PLAIN = r"""
-yes It costs 5 dollars. ~ 5 ;; So the total is **18**. I hope this helps! ~ 18 ;; B) cells ~ B
-yes It is B. ~ B ;; surplus ~ surplus ;; The answer is 12 because 3 * 4 = 12. ~ 12 ;; Answer: 6⏎Answer: 5 ~ 5
-yes The answer is D, it can't be A or B. ~ D ;; Therefore, the answer (Yes or No) is No. ~ no
-yes Answer: m+n = 256+37 = 293 ~ 293 ;; The answer is 7. Indeed, the answer is correct. ~ 7
-yes so $9 + 9 = 18$ ~ 18 ;; (3,-4) ~ (3, -4) ;; ### Final Answer⏎⏎$\sqrt{2}$ ~ \sqrt2 ;; it is 5</s> ~ 5
-yes So B is the answer. ~ B ;; \boxed{5} or 6 ~ 5
-no It costs 5 million dollars. ~ 5 ;; So it is minus 5. ~ 5 ;; There are 4 or 5 ~ 5 ;; 5 is wrong ~ 5
-no I don't pick B ~ B ;; Suppose B is correct. Contradiction. ~ B ;; The answer is A or B ~ A ;; maybe 5 ~ 5
-no The answer isn't 5. ~ 5 ;; \boxed{4} so 5 ~ 5 ;; Answer: 5⏎Wait, no.⏎Answer: 6 ~ 5 ;; It is 5 squared. ~ 5
-no There are 120 socks and 180 dishes. ~ 180 ;; A) 3 B) 4 ~ B ;; The answer is less than 5. ~ 5 ;; 1-5 ~ 5
-no x < 5 ~ 5 ;; One might think B is correct; no. ~ B ;; so 3x ~ 3
-"""
-
-
-@pytest.mark.parametrize("response, reference, right", table(PLAIN))
-def test_plain_answers(response, reference, right):
-    assert plain_answers.verify(response, reference) is right
-
-
-@pytest.mark.parametrize("name", ["train", "test"])
-def test_gsm8k_references(name):
-    path = Path(os.environ.get("GSM8K", "gsm8k"), f"{name}.jsonl")
-    if not path.exists():
-        pytest.skip("GSM8K=folder says where train.jsonl and test.jsonl are")
-    answers = [row["answer"] for row in rows_of(path)]
-    numbers = [Fraction(answer.split("####")[1].replace(",", "").strip()) for answer in answers]
-    for i, answer in enumerate(answers):
-        final = answer.split("####")[1].strip()
+@pytest.mark.skipif("GSM8K" not in os.environ, reason="GSM8K names a folder with test.jsonl")
+def test_gsm8k_references():
+    answers = [row["answer"] for row in rows_of(Path(os.environ["GSM8K"], "test.jsonl"))]
+    for before, answer in zip(answers[-1:] + answers, answers):
+        other, final = (text.split("####")[1].replace(",", "").strip() for text in (before, answer))
         assert verify(answer, answer) and verify(f"so \\boxed{{{final}}}.", answer) and verify(answer, final)
-        assert verify(answers[i - 1], answer) == (numbers[i - 1] == numbers[i])
+        assert verify(before, answer) == (float(other) == float(final))
