@@ -641,7 +641,7 @@ def train(config):
     """Trains, evaluates, logs and saves, or continues the run in config.resume. Raises UserError, OSError."""
     require(config.model and config.train_data, "--model and --train-data need each other")
     out = Path(config.resume or config.output_dir or
-               f"runs/{Path(config.model).name}-{strftime('%Y%m%d-%H%M%S')}").absolute()
+               f"runs/{Path(config.model).name}-{strftime('%Y%m%d-%H%M%S')}").absolute()  # rewards may chdir
     require(config.resume or not any(out.glob("*")),
             f"--output-dir {out} is not empty: choose another, or continue its run with --resume")
     reward = load_reward(config.reward)
