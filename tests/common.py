@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # One thread, here and in the runs started here: several that wait for each other crawl on a busy machine.
@@ -18,6 +18,8 @@ SHAPE = dict(
     num_key_value_heads=2, max_position_embeddings=256, eos_token_id=257, bos_token_id=None, pad_token_id=0)
 PLAIN = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
          "{% if add_generation_prompt %}[assistant]{% endif %}")
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def rows_of(path):
@@ -29,12 +31,11 @@ def write_jsonl(path, rows):
     return path
 
 
-def saved(folder, template=None, plain=(), special=(), make=Qwen2ForCausalLM, config=None, **changes):
+def saved(folder, template=None, tokens=(), make=Qwen2ForCausalLM, config=None, **changes):
     """Saves a tiny model in bf16, its byte-level tokenizer and data of one row; returns the tokenizer."""
     vocabulary = {character: i for i, character in enumerate(sorted(bytes_to_unicode().values()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary | {"is": 256, "<|endoftext|>": 257}, merges=[("i", "s")])
-    tokenizer.add_tokens([AddedToken(token, special=False) for token in plain])
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.add_tokens(list(tokens))
     tokenizer.chat_template = template
     torch.manual_seed(0)
     model = make(config or Qwen2Config(**SHAPE | changes))

@@ -3,29 +3,27 @@
 import json
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 from transformers.utils.logging import warning_once
 
 import icpo
 from examples import addition
 from icpo import Config
-from tests.common import PLAIN, ROOT, by_letters, rows_of, saved, tiny, tiny_run, write_jsonl
-from verify import verify
+from tests.common import CHATML, ROOT, by_letters, rows_of, saved, tiny, tiny_run, write_jsonl
 
 REWARD = ("--reward", "tests.common:by_letters")
-LOGS = ("metrics.jsonl", "samples.jsonl")
+GOOD = '{"prompt": "1+1=", "answer": "2"}'
 
 
 def run(*flags):
@@ -53,11 +51,9 @@ def learning_run(model, out, *flags):
 
 def result_of(out):
     """All that a run leaves: its step, weights, optimizer and logs, and the saved model."""
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    tensors = torch.utils._pytree.tree_leaves([state["policy"], state["optimizer"]])
-    numbers = [torch.as_tensor(x).tolist() for x in tensors if x is not None]
-    files = [(out / name).read_bytes() for name in (*LOGS, "model/model.safetensors")]
-    return state["step"], numbers, files
+    state = torch.utils._pytree.tree_leaves(torch.load(out / "checkpoint.pt"))
+    numbers = [torch.as_tensor(x).tolist() for x in state if x is not None]
+    return numbers, [(out / name).read_bytes() for name in (*icpo.LOGS, "model/model.safetensors")]
 
 
 # -------------------------------------------------------------------------- A run has a folder, and continues
@@ -70,10 +66,8 @@ def test_a_run_has_a_folder_of_its_own_that_is_new_or_empty(tiny, tmp_path, monk
         assert run(*tiny_run(tiny, out, *REWARD)) == 0
     assert os.listdir("runs") == [f"{tiny.name}-20260102-030405"] and Path("mine/config.json").exists()
     monkeypatch.setattr(icpo, "load_model", lambda *args: pytest.fail("a model was loaded"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for out in ("", "mine"):
         assert "is not empty" in error_of(capfd, *tiny_run(tiny, out, *REWARD))
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_of_two_runs_that_begin_at_once_one_gets_a_line(tiny, tmp_path, monkeypatch, capfd):
@@ -92,7 +86,7 @@ def test_of_two_runs_that_begin_at_once_one_gets_a_line(tiny, tmp_path, monkeypa
 def test_resumed_runs_keep_their_settings_take_those_given_and_end_as_unbroken_ones(tiny, tmp_path, capfd):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(*learning_run(tiny, whole)) == run(*learning_run(tiny, broken, "--steps", 2)) == 0
-    for log in LOGS:
+    for log in icpo.LOGS:
         with open(broken / log, "ab") as file:
             file.write(b'{"step": 3}\n{"st')  # a step of which there is no checkpoint, and half of a line
     for _ in range(2):  # the second time there is nothing left to do
@@ -107,68 +101,47 @@ def test_resumed_runs_keep_their_settings_take_those_given_and_end_as_unbroken_o
 
 
 def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(tiny, tmp_path):
-    def start(out):
-        resumed.append((out / "checkpoint.pt").exists())
-        if not resumed[-1]:
-            shutil.rmtree(out, ignore_errors=True)
-        flags = ["--resume", out] if resumed[-1] else learning_run(tiny, out, "--steps", 8)
-        process = context.Process(target=run, args=flags)
-        process.start()
-        return process
-
-    resumed, out, whole, chance, kills = [], tmp_path / "run", tmp_path / "whole", random.Random(0), 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["icpo", "tests.test_run"])  # spares each process the import of torch
-    for folder in (tmp_path / "first", whole):  # the first time the server still imports torch
-        begin = time.perf_counter()
-        start(folder).join()
-        seconds = time.perf_counter() - begin
+    out, whole, chance = tmp_path / "run", tmp_path / "whole", np.random.default_rng(0)
+    assert run(*learning_run(tiny, whole, "--steps", 8)) == 0
+    kills, seconds = 0, 4
     while kills < (20 if "SLOW" in os.environ else 4):
-        process = start(out)
-        process.join(chance.uniform(0.2, 1) * seconds)  # while it reads, evaluates, trains or saves
-        kills += process.is_alive()
+        resumed = (out / "checkpoint.pt").exists()
+        if not resumed:
+            shutil.rmtree(out, ignore_errors=True)
+        flags = ["--resume", out] if resumed else learning_run(tiny, out, "--steps", 8)
+        process = context.Process(target=run, args=flags)
+        process.start()
+        process.join(chance.uniform(0.1, 1) * seconds)  # while it reads, evaluates, trains or saves
         process.kill()
         process.join()
-        if process.exitcode == 0:  # it had come to its end: begin another
+        killed = process.exitcode == -9
+        kills += killed and resumed
+        seconds *= 1.1 if killed else 0.8
+        if not killed:  # it had come to its end: begin another
             assert result_of(out) == result_of(whole)
             shutil.rmtree(out)
-            seconds *= 0.8  # the machine is faster than when the time was taken
-    start(out).join()
-    assert result_of(out) == result_of(whole) and any(resumed)
+    assert run("--resume", out) == 0
+    assert result_of(out) == result_of(whole)
 
 
-@pytest.mark.parametrize("calls, told", [
-    (9 + 2 * 16 + 8, "--resume {} continues"), (2, "stopped")])
-def test_ctrl_c_is_a_line_that_names_the_folder_to_resume(tiny, tmp_path, monkeypatch, capfd, calls, told):
-    def reward(response, reference):
-        made.append(response)
-        if len(made) == calls:  # in step 3, or in the first evaluation
-            raise KeyboardInterrupt
-        return by_letters(response, reference)
-
-    made, out, flags = [], tmp_path / "run", ["--eval-every", 4, "--save-every", 2]
-    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
-    assert run(*learning_run(tiny, out, *flags)) == 130
-    line = capfd.readouterr().err.strip().split("\n")[-1]
-    assert line.startswith("icpo.py: stopped") and told.format(out) in line
-    if calls > 2:  # else there is nothing to resume
-        assert run("--resume", out) == run(*learning_run(tiny, tmp_path / "whole", *flags)) == 0
-        assert result_of(out) == result_of(tmp_path / "whole")
-
-
-def test_a_checkpoint_cut_short_leaves_the_one_before(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step, told", [(0, ""), (4, "--resume {} continues after step 2")])
+def test_ctrl_c_in_a_save_tells_how_to_resume_from_the_last(tiny, tmp_path, monkeypatch, capfd, step, told):
     def cut(state, path):
-        whole(state, path)
-        if state["step"] == 3:
+        save(state, path)
+        if state["step"] == step:
             os.truncate(path, 999)
             raise KeyboardInterrupt
 
-    whole = torch.save
+    out, save, flags = tmp_path / "run", torch.save, ["--save-every", 2]
     monkeypatch.setattr(torch, "save", cut)
-    assert run(*learning_run(tiny, tmp_path / "run")) == 130
+    assert run(*learning_run(tiny, out, *flags)) == 130
     monkeypatch.undo()
-    assert run("--resume", tmp_path / "run") == run(*learning_run(tiny, tmp_path / "whole")) == 0
-    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+    assert capfd.readouterr().err.splitlines()[-1] == f"icpo.py: stopped; {told.format(out)}"
+    if told:  # else there is nothing to resume
+        assert run("--resume", out) == run(*learning_run(tiny, tmp_path / "whole", *flags)) == 0
+        assert result_of(out) == result_of(tmp_path / "whole")
 
 
 def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
@@ -181,16 +154,11 @@ def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
     assert len(set(responses)) == 4
 
 
-def test_values_of_numpy_train_are_written_and_resume(tiny, tmp_path):
-    config = Config(
-        model=str(tiny), train_data=str(tiny / "one.jsonl"), output_dir=str(tmp_path / "run"), device="cpu",
-        reward=REWARD[1], steps=np.int64(1), max_new_tokens=np.arange(9)[4], lr=np.float32(0.25),
-        beta=np.logspace(0, 2, 3)[1], keep_uniform_groups=np.bool_(True))
-    icpo.train(config)
-    written = json.loads((tmp_path / "run/config.json").read_text())
-    assert (written["lr"], written["beta"], written["keep_uniform_groups"]) == (0.25, 10.0, True)
-    assert run("--resume", tmp_path / "run", "--steps", 2) == 0
-    assert [row["step"] for row in rows_of(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+def test_values_of_numpy_become_those_of_python_which_can_be_written():
+    given = dict(steps=np.int64(1), lr=np.float32(0.25), beta=np.logspace(0, 2, 3)[1], resume=np.str_("run"),
+                 keep_uniform_groups=np.bool_(True), max_new_tokens=np.arange(9)[4])
+    kept = json.loads(json.dumps(vars(Config(**given))))
+    assert [repr(kept[name]) for name in given] == ["1", "0.25", "10.0", "'run'", "True", "4"]
 
 
 def test_every_example_once_an_epoch():
@@ -202,27 +170,23 @@ def test_every_example_once_an_epoch():
 
 
 def test_evaluation_equals_loops(tiny, capsys):
-    def reward(text, reference):
-        seen.append((text, reference, by_letters(text, reference)))
-        return seen[-1][2]
-
     model, tokenizer, eos_ids = icpo.load_model(str(tiny), "cpu")
-    examples, seen = [icpo.Example("", n, [n + 1] * (n + 1)) for n in range(5)], []
+    examples = [icpo.Example("", n, [n + 1] * (n + 1)) for n in range(5)]
+    reward = Mock(side_effect=by_letters)
     config = Config(prompts_per_step=2, group_size=3, eval_samples=3, max_new_tokens=5, seed=3)
     metrics = icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config)
-    texts, references, rewards = zip(*seen)
+    written, references = zip(*[call.args for call in reward.call_args_list])
     assert references == (0, 1, 2, 3, 4, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4)
+    rewards = list(map(by_letters, written, references))
     greedy, sampled = rewards[:5], rewards[5:]
     assert metrics == pytest.approx({
         "eval/accuracy": sum(greedy) / 5, "eval/mean_at_k": sum(sampled) / 15,
         "eval/pass_at_k": sum(max(sampled[start:start + 3]) for start in range(0, 15, 3)) / 5})
     assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(set(greedy)) > 1
-    assert f"-> {texts[0][-40:]!r}" in capsys.readouterr().out
+    assert f"-> {written[0][-40:]!r}" in capsys.readouterr().out
     generated = model.generate(torch.tensor([[5] * 5]), do_sample=False, max_new_tokens=5)[0, 5:]
-    assert texts[4] == tokenizer.decode(generated, skip_special_tokens=True)
+    assert written[4] == tokenizer.decode(generated, skip_special_tokens=True)
     assert icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config) == metrics
-    failing = icpo.evaluate(model, tokenizer, eos_ids, examples, lambda *args: None, config)
-    assert set(failing.values()) == {0}
 
 
 # --------------------------------------------------------------------------- The command line, and its errors
@@ -241,10 +205,9 @@ def test_importing_icpo_registers_nothing_and_sets_nothing():
 import signal, sys, torch, transformers
 def state():
     interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
-    return ([signal.getsignal(number) for number in signal.valid_signals()], *map(sorted, interfaces),
-            sys.path[:], torch.get_num_threads(), torch.backends.cuda.cudnn_sdp_enabled(),
-            torch.get_rng_state().tolist(), torch.is_grad_enabled(),
-            transformers.logging.is_progress_bar_enabled(), sys.excepthook)
+    return [*map(sorted, interfaces), *map(signal.getsignal, signal.valid_signals()), sys.path[:],
+            sys.excepthook, torch.get_num_threads(), torch.get_rng_state().tolist(), torch.is_grad_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(), transformers.logging.is_progress_bar_enabled()]
 before = state()
 import icpo
 sys.exit(before != state())"""
@@ -268,76 +231,54 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     assert {row["reward"] for row in rows_of(tmp_path / "ours/samples.jsonl")} == {0}
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--group-size 1", "--group-size: must be at least 2"), ("--alpha 0.5", "--alpha: must be below 1/2"),
-    ("--beta nan", "--beta nan: out of range"), ("--lr nan", "--lr nan: out of range"),
-    ("--seed -1", "--seed"),
-    ("--train-data=", "need each other"), ("--model=", "each other"),
-    ("--output-dir .", "not empty"), ("--resume absent", "No such file or directory: 'absent/config.json'"),
-    ("--max-new-tokens 500", "no usable line"), ("--chat-template-kwargs {", "JSONDecodeError"),
-    ("--reward nowhere:f", "No module named 'nowhere'"), ("--reward verify:nothing", "nothing"),
-    ("--train-data .", "Is a directory"), ("--eval-data absent", "No such file or directory: 'absent'"),
-    ("--train-data data.jsonl", "no usable line"), ("--model models/typo", "--model models/typo: "),
-    ("--model a/b/c", "a/b/c: HFValidationError"), ("--model data.jsonl", "no LoRA adapter, no file"),
-    pytest.param("--device cuda", "CUDA", marks=pytest.mark.skipif("torch.cuda.is_available()"))])
-def test_bad_flags_get_one_line_and_write_nothing(tiny, tmp_path, monkeypatch, capfd, flags, message):
+@pytest.mark.parametrize("name, text, message", [
+    ("--group-size", "1", "--group-size: must be at least 2"), ("--seed", "-1", "--seed -1: out of range"),
+    ("--alpha", "0.5", "--alpha: must be below 1/2"), ("--beta", "nan", "--beta nan: out of range"),
+    ("--train-data", "", "need each other"), ("--model", "", "need each other"),
+    ("--resume", "absent", "'absent/config.json'"), ("--eval-data", "absent", "No such file or directory"),
+    ("--max-new-tokens", "500", "no usable line"), ("--chat-template-kwargs", "{", "JSONDecodeError"),
+    ("--reward", "verify:nothing", "nothing"), ("--model", "models/typo", "--model models/typo: "),
+    pytest.param("--device", "cuda", "CUDA", marks=pytest.mark.skipif("torch.cuda.is_available()")),
+    ("data.jsonl", f"{GOOD}\n \n{{oops\n", "data.jsonl, line 3: JSONDecodeError"),
+    ("data.jsonl", f'{GOOD}\r\n{{"prompt": "1", "reply": "1"}}', "line 2: KeyError('answer')"),
+    ("data.jsonl", '{"prompt": "", "answer": null}', "no answer"), ("data.jsonl", "é", "UnicodeDecodeError"),
+    ("data.jsonl", '{"prompt": 1, "answer": 1}', "line 1: "), ("reward.py", "def f(", "SyntaxError"),
+    ("data.jsonl", '{"prompt": "\\ud800", "answer": 1}', "line 1: "), ("reward.py", "exit()", "SystemExit"),
+    ("chat_template.jinja", "no prompt", "leaves out the prompt"), ("tokenizer.json", None, "no tokenizer"),
+    ("chat_template.jinja", "{{ messages[1].content }}", "or --system-prompt"),
+    ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"), ("config.json", None, "no LoRA adapter"),
+    ("config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
+    ("model.safetensors", "{", "--model .: "), ("tokenizer.json", "{", "--model .: ")])
+def test_bad_flags_and_files_get_one_line_and_write_nothing(
+        tiny, tmp_path, monkeypatch, capfd, name, text, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(addition, "prepare", lambda seed: pytest.fail("a task for the user's data"))
-    Path("data.jsonl").write_text("")
-    assert message in error_of(capfd, *tiny_run(tiny, "new", *flags.split()))
-    assert os.listdir() == ["data.jsonl"]
-
-
-GOOD = '{"prompt": "1+1=", "answer": "2"}'
-TEMPLATES = {
-    "no prompt": "leaves out the prompt", "{{ messages[1].content }}": "or --system-prompt",
-    "{{ raise_exception('No system role') }}": "No system role", "{% if %}": "TemplateSyntaxError",
-    "{{ 1 / 0 }}": "ZeroDivisionError", "{{ messages[9].content }}": "", "{{ messages.no() }}": ""}
-
-
-@pytest.mark.parametrize("name, text, message", [
-    ("data.jsonl", f"{GOOD}\n\n{{oops\n", "data.jsonl, line 3: JSONDecodeError"),
-    ("data.jsonl", f'{GOOD}\r\n{{"prompt": "1", "reply": "1"}}', "line 2: KeyError('answer')"),
-    ("data.jsonl", f"[{GOOD}]", "line 1: TypeError"), ("data.jsonl", f"{GOOD}\né", "UnicodeDecodeError"),
-    ("data.jsonl", '{"prompt": 1, "answer": 1}', "line 1: "), ("data.jsonl", "\n", "no usable line"),
-    ("data.jsonl", '{"prompt": "", "answer": null}', "no answer"),
-    ("data.jsonl", '{"prompt": "\\ud800", "answer": "1"}', "line 1: "),
-    ("reward.py", "def f(", "SyntaxError"), ("reward.py", "import sys\nsys.exit()", "SystemExit"),
-    *(("model/chat_template.jinja", text, message) for text, message in TEMPLATES.items()),
-    ("model/config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
-    ("model/config.json", "{}", "Unrecognized model"), ("model/config.json", None, "no LoRA adapter"),
-    ("model/config.json", "{", "--model model: "), ("model/model.safetensors", "{", "--model model: "),
-    ("model/tokenizer.json", "{", "--model model: "), ("model/tokenizer.json", None, "no tokenizer")])
-def test_bad_files_get_one_line_and_write_nothing(tiny, tmp_path, monkeypatch, capfd, name, text, message):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny, "model")
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
     Path("data.jsonl").write_text(f"\ufeff{GOOD}", encoding="utf-8")  # a byte order mark is fine
-    if text is None:
+    flags = ["--train-data", "data.jsonl", "--system-prompt", "S"]
+    flags += ["--reward", "reward:f"] * (name == "reward.py")
+    if name.startswith("--"):
+        flags += [name, text]
+    elif text is None:
         Path(name).unlink()
     else:
         Path(name).write_bytes(text.encode("latin-1"))
     before = sorted(tmp_path.rglob("*"))
-    flags = ["--train-data", "data.jsonl", "--system-prompt", "S"]
-    flags += ["--reward", "reward:f"] * (name == "reward.py")
-    assert message in error_of(capfd, *tiny_run(Path("model"), "new", *flags))
+    assert message in error_of(capfd, *tiny_run(Path(), "new", *flags))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyError, RuntimeError, torch.OutOfMemoryError])
-def test_our_own_errors_are_tracebacks_but_no_memory_is_a_line(tiny, tmp_path, monkeypatch, capfd, error):
-    def fails(*args):
-        raise error("ours")
-
-    monkeypatch.setattr(icpo, "rollout_metrics", fails)
-    if error is torch.OutOfMemoryError:
-        assert "ours" == error_of(capfd, *tiny_run(tiny, tmp_path / "run", *REWARD))
-    else:
-        with pytest.raises(error, match="ours"):
-            run(*tiny_run(tiny, tmp_path / "run", *REWARD))
+def test_our_own_errors_are_tracebacks_but_no_memory_is_a_line(tiny, tmp_path, monkeypatch, capfd):
+    errors = [ValueError("ours"), RuntimeError("ours"), torch.OutOfMemoryError("no memory")]
+    monkeypatch.setattr(icpo, "rollout_metrics", Mock(side_effect=errors))
+    for error in errors[:2]:
+        with pytest.raises(type(error), match="ours"):
+            run(*tiny_run(tiny, tmp_path / type(error).__name__, *REWARD))
+    assert error_of(capfd, *tiny_run(tiny, tmp_path / "run", *REWARD)) == "no memory"
 
 
-# ---------------------------------------------------------------------------------------- Rewards and metrics
+# ----------------------------------------------------------------------------- Rewards, prompts and responses
 
 def test_a_failed_call_scores_as_the_lowest_of_its_group_or_zero_and_is_shown_once(caplog):
     warning_once.cache_clear()
@@ -347,6 +288,16 @@ def test_a_failed_call_scores_as_the_lowest_of_its_group_or_zero_and_is_shown_on
     assert rewards.tolist() == [[1, -1, -1], [1, 1, 1], [0, 0, 0]]
     assert failed.tolist() == [[False, False, True], [True, False, True], [True, True, True]]
     assert caplog.text.count("Traceback") == 1
+    with pytest.raises(KeyboardInterrupt):  # which is no failure of the reward
+        icpo.score_responses(Mock(side_effect=KeyboardInterrupt), ["1"], examples[:1])
+
+
+def test_rewards_that_all_fail_in_a_later_step_end_nothing(tiny, tmp_path, monkeypatch):
+    reward = Mock(side_effect=[0, 1, 0, 1] + [ValueError] * 8)
+    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
+    flags = ["--steps", 3, "--prompts-per-step", 1, "--group-size", 4]
+    assert run(*tiny_run(tiny, tmp_path / "run", *flags)) == 0
+    assert [row.get("reward/errors") for row in rows_of(tmp_path / "run/metrics.jsonl")] == [None, 0, 4, 4]
 
 
 def test_a_reward_that_changes_its_reference_changes_only_its_own_copy():
@@ -372,58 +323,44 @@ def test_rollout_metrics_by_hand():
     assert icpo.rollout_metrics(rollout, torch.ones(4, 2), l, beta=1.0)["confidence/wrong"] is None
 
 
-# ------------------------------------------------------------------------------------- Prompts and responses
-
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def texts(tokenizer, responses, opening="", truncated=False):
-    """What the reward gets of these responses to a prompt that ends with `opening`."""
+def texts(tokenizer, responses, truncated=False):
+    """What the reward gets of these responses."""
     rows = [torch.tensor(response) for response in responses]
     rollout = SimpleNamespace(
         ids=torch.nn.utils.rnn.pad_sequence(rows, True), lengths=torch.tensor(list(map(len, rows))),
         truncated=torch.full((len(rows),), truncated))
-    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5], opening)])
+    return icpo.texts_of(rollout, tokenizer, [icpo.Example("", "", [5])])
 
 
 def test_prompts_go_through_the_chat_template_and_references_stay_as_they_are(tiny, tmp_path):
     _, tokenizer, _ = icpo.load_model(str(tiny), "cpu")
     values = [72, 0.5, True, [12, 13], {"target": 5, "numbers": [2, None]}, "so\n#### 18"]
     data = write_jsonl(tmp_path / "data.jsonl", [{"q": "2+2 is 4", "a": value} for value in values])
-    data.write_text("\n \n" + data.read_text())  # blank lines are passed over, and prompts without room
     keys = dict(prompt_key="q", answer_key="a", max_new_tokens=9)
-    config = Config(system_prompt="S", prompt_suffix="!", **keys)
-    examples = icpo.load_examples(data, tokenizer, config)
-    decoded = {tokenizer.decode(example.ids) for example in examples}
-    assert decoded == {"[system]S[user]2+2 is 4![assistant]"}
+    examples = icpo.load_examples(data, tokenizer, Config(system_prompt="S", prompt_suffix="!", **keys))
+    assert {tokenizer.decode(example.ids) for example in examples} == {"[system]S[user]2+2 is 4![assistant]"}
     assert [example.reference for example in examples] == values
+    write_jsonl(data, [{"q": "x" * n, "a": 1} for n in (256 - 9 - 1, 256 - 9 - 2)])  # too long, and longest
     config = Config(system_prompt="S:", no_chat_template=True, **keys)
-    write_jsonl(data, [{"q": "x" * n, "a": 1} for n in (256 - 9 - 1, 256 - 9 - 2)])
     example, = icpo.load_examples(data, tokenizer, config)
     assert tokenizer.decode(example.ids) == "S:" + "x" * (256 - 9 - 2)
 
 
-@pytest.mark.parametrize("kwargs, end, opening", [
-    ("{}", "<think>\n", "<think>\n"), ('{"thought": false}', "<think>\n\n</think>\n\n", "")])
-def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, capfd, kwargs, end, opening):
+@pytest.mark.parametrize("kwargs, end, opened", [
+    ("{}", "<think>\n", True), ('{"thought": false}', "<think>\n\n</think>\n\n", False)])
+def test_a_thought_that_the_template_opens_belongs_to_the_response(tmp_path, capfd, kwargs, end, opened):
     thought = "<think>\n{% if thought is defined %}\n\n</think>\n\n{% endif %}"
     saved(tmp_path / "model", CHATML.replace("{% endif %}", thought + "{% endif %}"))
     flags = ["--chat-template-kwargs", kwargs, "--prompt-suffix", " é <think>?", *REWARD]
     assert run(*tiny_run(tmp_path / "model", tmp_path / "run", *flags)) == 0
     prompt = f"<|im_start|>user\n1 é <think>?<|im_end|>\n<|im_start|>assistant\n{end}"
     assert repr(prompt) in capfd.readouterr().out.splitlines()  # shown, as the model gets it
-    opened = {row["response"].startswith("<think>") for row in rows_of(tmp_path / "run/samples.jsonl")}
-    assert opened == {opening != ""}
-    _, tokenizer, _ = icpo.load_model(str(tmp_path / "model"), "cpu")
-    ids = tokenizer("so \\boxed{7}").input_ids
-    response, = texts(tokenizer, [ids], opening, truncated=True)
-    assert response == opening + "so \\boxed{7}" and verify(response, "7") is (opening == "")
+    rows = rows_of(tmp_path / "run/samples.jsonl")
+    assert {row["response"].startswith("<think>\n") for row in rows} == {opened}
 
 
-@pytest.mark.parametrize("kind", ["plain", "special"])
-def test_the_token_that_closes_a_message_ends_a_response_and_is_all_that_rewards_miss(tmp_path, kind):
-    tokenizer = saved(tmp_path, CHATML, **{kind: ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]})
+def test_the_token_that_closes_a_message_ends_a_response_and_is_all_that_rewards_miss(tmp_path):
+    tokenizer = saved(tmp_path, CHATML, ["<|im_start|>", "<|im_end|>", AddedToken("<think>", special=True)])
     _, loaded, eos_ids = icpo.load_model(str(tmp_path), "cpu")
     assert eos_ids == [257, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     written = "<think>3 + 4 .</think>7"
@@ -431,13 +368,10 @@ def test_the_token_that_closes_a_message_ends_a_response_and_is_all_that_rewards
         ids = tokenizer(written + end).input_ids
         assert texts(loaded, [ids, ids[-1:]]) == [written, ""]
         assert texts(loaded, [ids], truncated=True) == [written + end]  # the last token did not end it
-    for template in (PLAIN, "{{ 1 / 0 }}", None):
-        saved(tmp_path, template)
-        assert icpo.load_model(str(tmp_path), "cpu")[2] == [257]
 
 
 def test_a_prompt_begins_once(tmp_path):
-    tokenizer, config = saved(tmp_path, special=["<s>"]), Config()
+    tokenizer, config = saved(tmp_path, tokens=["<s>"]), Config()
     tokenizer.bos_token = "<s>"
     bos, *plain = tokenizer("<s>2+2").input_ids
     row = {"prompt": "2+2", "answer": 4}
@@ -448,21 +382,3 @@ def test_a_prompt_begins_once(tmp_path):
         assert icpo.encode(row, tokenizer, config).ids == [bos] * ("<s>" in single) + plain
         tokenizer.chat_template = "<s>{{ messages[0].content }}"
         assert icpo.encode(row, tokenizer, config).ids == [bos, *plain]
-
-
-# --------------------------------------------------------------------------------------------------- Rewards
-
-@pytest.mark.parametrize("working", [0, 4])
-def test_rewards_that_all_fail_end_the_first_step_and_no_later_one(tiny, tmp_path, monkeypatch, working):
-    def reward(response, reference):
-        calls.append(1)
-        if len(calls) > working:
-            raise (SystemExit, ValueError)[len(calls) % 2]("out of time")
-        return len(calls) % 2
-
-    calls = []
-    monkeypatch.setattr(icpo, "load_reward", lambda spec: reward)
-    flags = ["--steps", 3, "--prompts-per-step", 1, "--group-size", 4]
-    assert run(*tiny_run(tiny, tmp_path / "run", *flags)) == (0 if working else 2)
-    errors = [row.get("reward/errors") for row in rows_of(tmp_path / "run/metrics.jsonl")]
-    assert errors == ([None, 0, 4, 4] if working else [None])
