@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, processors
 from transformers.utils.logging import warning_once
 
@@ -152,6 +153,15 @@ def test_random_numbers_follow_from_the_seed_and_the_step(tiny, tmp_path):
         rows = [row["response"] for row in rows_of(tmp_path / str(seed) / "samples.jsonl")]
         responses += [tuple(rows[:8]), tuple(rows[8:])]
     assert len(set(responses)) == 4
+
+
+@pytest.mark.parametrize("warmup, rate", [(0, 0.25), (4, 0.0625)])
+def test_adamw_first_moves_a_weight_by_the_learning_rate_which_warms_up(tiny, tmp_path, warmup, rate):
+    assert run(*tiny_run(tiny, tmp_path / "run", "--lr", 0.25, "--warmup-steps", warmup, *REWARD)) == 0
+    before = load_file(tiny / "model.safetensors")
+    after = torch.load(tmp_path / "run/checkpoint.pt")["policy"]
+    moves = [(after[name] - x.float()).abs().max().item() for name, x in before.items()]
+    assert max(moves) == pytest.approx(rate, rel=1e-3)
 
 
 def test_values_of_numpy_become_those_of_python_which_can_be_written():
