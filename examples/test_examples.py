@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 import icpo
 import plot
 from examples import addition, plain_answers
-from test_icpo import Keep, prefix_log_prob, update_gradient
+from test_icpo import Keep, alone, update_gradient
 from tests.common import rows_of, tiny
 from tests.test_verify import table
 from verify import verify
@@ -215,8 +214,8 @@ def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, 
         prompt, completion = prompt[real.bool()], completion[kept.bool()]
         a, b = re.fullmatch(r"(\d+)\+(\d+)=", tokenizer.decode(prompt)).groups()
         rewards.append(float(verify(tokenizer.decode(completion, skip_special_tokens=True), int(a) + int(b))))
-        tokens = torch.cat([prompt, completion]).tolist()
-        l.append(statistics.mean(prefix_log_prob(model, tokens, t) for t in range(len(prompt), len(tokens))))
+        log_probs = alone(model, prompt.tolist(), completion.tolist())
+        l.append(log_probs.gather(1, completion[:, None]).mean().item())
     expected = as_trl_divides(torch.tensor(rewards).view(9, 4), torch.tensor(l).view(9, 4), 0.1)
     assert len(rows) == 36
     torch.testing.assert_close(torch.stack([row[-1] for row in rows]).view(9, 4), expected, atol=1e-4, rtol=0)
