@@ -11,8 +11,9 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts.
  6. An option A to J: "B", "(B)", "B. cells", if no other is named; but "B. cells" is not "B. bones".
  7. All else is text, as x < 5 and x^2 + y^2 = 25 are, and lists of words. Blanks and case do not count.
- 8. verify wants it worked out like the reference: with letters, the same letters and numbers; with roots or
-    pi, no further number, bracket, power or root in a denominator. 12/2 is not 6, and 2^2 * 3 is only itself.
+ 8. verify wants the answer worked out as far as the reference: with letters, the same letters and numbers;
+    with roots or pi, no further number, bracket, power or root in a denominator. 6/8 is 0.75, but 12/2 is
+    not 6. What the reference itself leaves to work out, like 2^2 * 3, must be repeated.
  9. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
 """
 
@@ -100,11 +101,11 @@ SYMBOLS = r'\\sqrt\[\w\]|(?:[A-Za-zΩμ]|\\[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?|\\.
 TOKEN = re.compile(f"{NUMBERS}|{SYMBOLS}")
 
 
-# Values are computed modulo a prime, so nothing grows, and fractions of 40 digits can be had back. All primes
-# below 200 are squares, with roots x**((P + 1) / 4) that respect products. A name's value is its hash.
+# Values are computed modulo a prime, so nothing grows. All primes below 200 are squares modulo it, and
+# x**((P + 1) / 4) is the root that respects products, so identities between roots hold. A name's value is its
+# hash, so that no other identities do. Fractions of up to 40 digits can be had back.
 P = 33 * math.lcm(*range(1, 200)) - 1
 OPERATOR = re.compile(r"([-+])|([*/(A-Za-zΩμ]|\\[A-Za-z])|(\^)")  # by rank; an atom is a factor
-
 
 
 def rational(value):  # the fraction of least size
@@ -126,7 +127,8 @@ def climb(tokens, level=1):
         value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
     elif token == "\\sqrt":
         square = climb(tokens, 4)
-        root, size = pow(square, (P + 1) // 4, P), math.prod(rational(square).as_integer_ratio())
+        root = pow(square, (P + 1) // 4, P)
+        size = math.prod(rational(square).as_integer_ratio())
         known = 0 < size < 200**2 and root * root % P == square  # a larger square may have another root
         value = root if known else hash(f"root {square}")
     elif OPERATOR.match(token):
@@ -155,10 +157,9 @@ KNOWN = "frac|sqrt|pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma
 WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢€£¥₹/%\d]")  # apples
 WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
 NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
-CHANGING = set("""one two three four five six seven eight nine ten dozen score pair couple lakh crore trillion
-half third fourth fifth tenth mega squared cubed not no factorial time plus am pm minus over divided less mod
-power root inverse than because since maybe wrong incorrect""".split())  # they make another of a number
-
+CHANGING = set("""one two three four five six seven eight nine ten eleven twelve twenty dozen score pair crore
+lakh trillion half halve third fourth fifth sixth tenth hundredth mega kilo squared cubed not no factorial
+time plus am pm minus over divided less mod power root inverse than wrong thousandth""".split())  # 5 dozen is not 5
 
 
 def split(tokens, separator):  # outside brackets; nothing if one closes that is not open
@@ -236,8 +237,8 @@ def unfinished(a, b):  # whether an answer leaves more to work out than the refe
     both = answer, reference = "".join(a.tokens), "".join(b.tokens)
     if LITERAL.fullmatch(answer) and LITERAL.fullmatch(reference):
         return re.search("/|frac", answer) and rational(a.value).denominator == 1  # 12/2
-    names, others = (sorted(re.sub(r"\\(?:frac|sqrt|pi)|[^A-Za-z]", "", text)) for text in both)
-    values = [map(Fraction, re.findall(r"\d*\.?\d+", text)) for text in both]
+    names, others = (sorted(re.sub(r"\\(?:frac|sqrt|pi)|\d[eE](?=[-+]?\d)|[^A-Za-z]", "", x)) for x in both)
+    values = [map(Fraction, re.findall(r"\d*\.?\d+(?:[eE][-+]?\d{1,3}(?!\d))?", x)) for x in both]
     numbers, more = (sorted(n for x in side for n in x.as_integer_ratio() if n != 1) for side in values)
     if names or not re.search(r"\\(?:sqrt|pi)", reference):  # like 2^2 * 3
         return not names or names != others or numbers != more
@@ -255,7 +256,7 @@ def texts(answer):
     items = answer.tolist() if hasattr(answer, "tolist") else answer  # numpy's
     found = []
     for x in items if isinstance(items, (list, tuple)) else [items]:
-        with suppress(ArithmeticError, TypeError, ValueError):  # str or abs refuse
+        with suppress(ArithmeticError, TypeError, ValueError):  # no number, or one that str() refuses
             found += [extract_answer(str(x), str(x)).strip()] * (isinstance(x, str) or abs(x) < math.inf)
     return [text for text in found if 0 < len(text) <= MAX_LENGTH]
 
@@ -265,7 +266,6 @@ def is_equivalent(answer, reference, finished=False):
     given, wanted = ([(option(text), parse(text)) for text in texts(x)[:100]] for x in (answer, reference))
     return any(a[0] == b[0] and (a == b or "" in a + b) if b[0] else equal(x, y, finished)
                for (a, x), (b, y) in product(given, wanted))
-
 
 
 def verify(response, reference):
