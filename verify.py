@@ -157,9 +157,9 @@ KNOWN = "frac|sqrt|pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma
 WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢€£¥₹/%\d]")  # apples
 WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
 NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
-CHANGING = set("""one two three four five six seven eight nine ten eleven twelve twenty dozen score pair crore
-lakh trillion half halve third fourth fifth sixth tenth hundredth mega kilo squared cubed not no factorial
-time plus am pm minus over divided less mod power root inverse than wrong thousandth""".split())  # 5 dozen is not 5
+CHANGING = set("""one two three four five six seven eight nine ten eleven twelve twenty dozen score pair mil
+lakh crore trillion half halve third fourth fifth sixth tenth hundredth thousandth mega kilo squared cubed not
+no factorial time plus am pm minus over divided less mod power root inverse than wrong""".split())  # 5 dozen
 
 
 def split(tokens, separator):  # outside brackets; nothing if one closes that is not open
