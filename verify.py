@@ -8,9 +8,9 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  3. Words and % at a number may be missing on one side; $ is skipped. 2 million is a number, 12 dozen is not
     12. N% is N, and N/100 if the reference has a % or is no whole number.
  4. "1, 2", "1 or 2", {1, 2}, 2 \pm 1 have no order. Tuples, intervals and matrices have, and need brackets.
- 5. x = 5 and m + n = 5 are 5. Of a true chain 2 + 3 = 5 the last side counts.
+ 5. x = 5, x_1 = 5 and m + n = 5 are 5; x \in (0, 1) is (0, 1); a true chain, 2 + 3 = 5, is its last side.
  6. An option A to J: "B", "(B)", "B. cells", if no other is named; but "B. cells" is not "B. bones".
- 7. All else is text, as x < 5 and x^2 + y^2 = 25 are, and lists of words. Blanks and case do not count.
+ 7. All else is text: x \le 5 (or \leq), x^2 + y^2 = 25, lists of words. Blanks and case do not count.
  8. verify wants the answer worked out as far as the reference: with letters, the same letters and numbers;
     with roots or pi, no further number, bracket, power or root in a denominator. 6/8 is 0.75, but 12/2 is
     not 6. What the reference itself leaves to work out, like 2^2 * 3, must be repeated.
@@ -127,8 +127,7 @@ def climb(tokens, level=1):
         value = climb(tokens, 4) * pow(climb(tokens, 4), -1, P)
     elif token == "\\sqrt":
         square = climb(tokens, 4)
-        root = pow(square, (P + 1) // 4, P)
-        size = math.prod(rational(square).as_integer_ratio())
+        root, size = pow(square, (P + 1) // 4, P), math.prod(rational(square).as_integer_ratio())
         known = 0 < size < 200**2 and root * root % P == square  # a larger square may have another root
         value = root if known else hash(f"root {square}")
     elif OPERATOR.match(token):
@@ -157,9 +156,10 @@ KNOWN = "frac|sqrt|pi|infty|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma
 WORD = re.compile(r"[A-Za-zΩμ]{2,}?(?=s?(?![A-Za-zΩμ]))|(?<![A-Za-zΩμ])[A-Za-zΩμ]|[°¢€£¥₹/%\d]")  # apples
 WORDS = r'(?:[A-Za-z* ]*[A-Za-z] [A-Za-z][A-Za-z* ]*|[A-Za-z* ]+".*)$'  # rather than a product
 NO_PRODUCT = re.compile(rf".*(?:[<>]|\\(?!(?i:{KNOWN})(?![a-z]))[A-Za-z])|{WORDS}")
-CHANGING = set("""one two three four five six seven eight nine ten eleven twelve twenty dozen score pair mil
-lakh crore trillion half halve third fourth fifth sixth tenth hundredth thousandth mega kilo squared cubed not
-no factorial time plus am pm minus over divided less mod power root inverse than wrong""".split())  # 5 dozen
+CHANGING = set("""one two three four five six seven eight nine ten eleven twelve twenty dozen score couple
+gross pair mil mln lakh crore trillion half halve third fourth fifth sixth tenth hundredth thousandth mega
+kilo micro squared cubed not no factorial time twice doubled plus am pm minus over divided less mod power root
+inverse than repeating roughly because since maybe perhaps probably wrong incorrect""".split())  # no units
 
 
 def split(tokens, separator):  # outside brackets; nothing if one closes that is not open
