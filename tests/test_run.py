@@ -254,7 +254,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     ("data.jsonl", '{"prompt": "", "answer": null}', "no answer"), ("data.jsonl", "é", "UnicodeDecodeError"),
     ("data.jsonl", '{"prompt": 1, "answer": 1}', "line 1: "), ("reward.py", "def f(", "SyntaxError"),
     ("data.jsonl", '{"prompt": "\\ud800", "answer": 1}', "line 1: "), ("reward.py", "exit()", "SystemExit"),
-    ("chat_template.jinja", "no prompt", "leaves out the prompt"), ("tokenizer.json", None, "no tokenizer"),
+    ("chat_template.jinja", "only S", "leaves out the prompt"), ("tokenizer.json", None, "no tokenizer"),
     ("chat_template.jinja", "{{ messages[1].content }}", "or --system-prompt"),
     ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"), ("config.json", None, "no LoRA adapter"),
     ("config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
@@ -280,9 +280,9 @@ def test_bad_flags_and_files_get_one_line_and_write_nothing(
 
 
 def test_our_own_errors_are_tracebacks_but_no_memory_is_a_line(tiny, tmp_path, monkeypatch, capfd):
-    errors = [ValueError("ours"), RuntimeError("ours"), torch.OutOfMemoryError("no memory")]
+    errors = [ValueError("ours"), KeyError("ours"), RuntimeError("ours"), torch.OutOfMemoryError("no memory")]
     monkeypatch.setattr(icpo, "rollout_metrics", Mock(side_effect=errors))
-    for error in errors[:2]:
+    for error in errors[:3]:
         with pytest.raises(type(error), match="ours"):
             run(*tiny_run(tiny, tmp_path / type(error).__name__, *REWARD))
     assert error_of(capfd, *tiny_run(tiny, tmp_path / "run", *REWARD)) == "no memory"
