@@ -18,13 +18,22 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 import icpo
 import plot
 from examples import addition, plain_answers
-from test_icpo import Keep, alone, update_gradient
+from test_icpo import alone, update_gradient
 from tests.common import rows_of, tiny
 from tests.test_verify import table
 from verify import verify
 
 assert tiny  # a fixture: a saved model with a chat template
 README = (FOLDER.parent / "README.md").read_text()
+
+
+class Keep(torch.optim.SGD):
+    """An optimizer that keeps the gradients of its first step and changes nothing."""
+
+    def step(self, closure=None):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        self.gradient = getattr(self, "gradient", torch.cat(gradients))
+
 
 # -------------------------------------------------------------------------------------- The README, TRL and verl
 

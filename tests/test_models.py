@@ -182,6 +182,10 @@ def test_ids_and_texts_are_those_of_the_tokenizer_file(tmp_path, layout):
             ids = tokenizer.encode(text, add_special_tokens=special).ids
             assert loaded(text, add_special_tokens=special).input_ids == ids, (text, special)
             assert texts(loaded, [ids], truncated=True) == [tokenizer.decode(ids, skip_special_tokens=False)]
+    for template, text in ((None, "2+2"), ("<s>{{ messages[0].content }}", "<s>2+2")):  # it begins once
+        loaded.chat_template = template
+        ids = tokenizer.encode(text, add_special_tokens=template is None).ids
+        assert icpo.encode({"prompt": "2+2", "answer": 4}, loaded, Config()).ids == ids
 
 
 def test_an_empty_prompt_is_refused():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from transformers.utils.logging import warning_once
 
 import icpo
@@ -75,13 +75,12 @@ def test_of_two_runs_that_begin_at_once_one_gets_a_line(tiny, tmp_path, monkeypa
     def other_run(*args):
         monkeypatch.undo()
         assert run(*learning_run(tiny, out)) == 0
-        finished.append(result_of(out))
         return icpo.load_examples(*args)
 
-    out, finished = tmp_path / "run", []
+    out = tmp_path / "run"
     monkeypatch.setattr(icpo, "load_examples", other_run)
     error = error_of(capfd, *learning_run(tiny, out))
-    assert str(out) in error and "xists" in error and [result_of(out)] == finished
+    assert str(out) in error and "xists" in error
 
 
 def test_resumed_runs_keep_their_settings_take_those_given_and_end_as_unbroken_ones(tiny, tmp_path, capfd):
@@ -194,8 +193,6 @@ def test_evaluation_equals_loops(tiny, capsys):
         "eval/pass_at_k": sum(max(sampled[start:start + 3]) for start in range(0, 15, 3)) / 5})
     assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(set(greedy)) > 1
     assert f"-> {written[0][-40:]!r}" in capsys.readouterr().out
-    generated = model.generate(torch.tensor([[5] * 5]), do_sample=False, max_new_tokens=5)[0, 5:]
-    assert written[4] == tokenizer.decode(generated, skip_special_tokens=True)
     assert icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config) == metrics
 
 
@@ -378,17 +375,3 @@ def test_the_token_that_closes_a_message_ends_a_response_and_is_all_that_rewards
         ids = tokenizer(written + end).input_ids
         assert texts(loaded, [ids, ids[-1:]]) == [written, ""]
         assert texts(loaded, [ids], truncated=True) == [written + end]  # the last token did not end it
-
-
-def test_a_prompt_begins_once(tmp_path):
-    tokenizer, config = saved(tmp_path, tokens=["<s>"]), Config()
-    tokenizer.bos_token = "<s>"
-    bos, *plain = tokenizer("<s>2+2").input_ids
-    row = {"prompt": "2+2", "answer": 4}
-    for single in ("$A", "<s> $A"):
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[("<s>", bos)])
-        tokenizer.chat_template = None
-        assert icpo.encode(row, tokenizer, config).ids == [bos] * ("<s>" in single) + plain
-        tokenizer.chat_template = "<s>{{ messages[0].content }}"
-        assert icpo.encode(row, tokenizer, config).ids == [bos, *plain]

@@ -4,21 +4,17 @@ In the tables, ";;" separates cases, "~" a response or answer from its reference
 """
 
 import math
-import os
 import random
-import re
 import shutil
-import subprocess
-import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
 from examples import plain_answers
-from tests.common import ROOT, rows_of
+from tests.common import ROOT
+from tests.test_run import in_a_process
 from verify import compute_score, extract_answer, is_equivalent, reward_func, verify
 
 
@@ -175,25 +171,21 @@ def test_adapters():
         reward_func(["1"], answer=["1", "2"])
 
 
-def test_the_module_works_copied_alone_and_executes_nothing(tmp_path):
+def test_the_module_works_copied_alone(tmp_path):
     shutil.copy(ROOT / "verify.py", tmp_path)
     script = "from verify import verify; print(verify('#### 0.75', '3/4'), verify('7', '7'))"
-    command = [sys.executable, "-S", "-c", script]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout == "True False\n"
-    source = (ROOT / "verify.py").read_text().split('"""')[2]
-    assert not re.search(r"\b(eval|exec|signal|thread|subprocess|global|open|import_module)\b", source)
+    assert in_a_process("-S", "-c", script, cwd=tmp_path).stdout == "True False\n"
 
 
 def notations(value, rng):
     """The rational in a notation drawn at random; every one of them names exactly this value."""
     n, d = value.as_integer_ratio()
-    k, sign = rng.randint(2, 9), "-" * (n < 0)
+    k, decimal = rng.randint(2, 9), Decimal(n) / d
     forms = [f"{n * k}/{d * k}", f"\\frac{{{n}}}{{{d}}} + 0", f"x = {n}/{d}", f"{n} \\div {d}"]
     if abs(n) > d > 1:
-        forms.append(f"{sign}{abs(n) // d} {abs(n) % d}/{d}")
-    if 10**9 % d == 0:  # a finite decimal
-        whole, part = divmod(abs(n) * 10**9 // d, 10**9)
-        forms += [f"{sign}{whole:,}.{part:09d}", f"{sign}{whole}.{part:09d}e0", f"{sign}${whole}.{part:09d}"]
+        forms.append("-" * (n < 0) + f"{abs(n) // d} {abs(n) % d}/{d}")
+    if 10**9 % d == 0:
+        forms += [f"{decimal:,f}", f"{decimal:f}e0", f"${decimal:f}"]
     return rng.choice(forms)
 
 
@@ -238,12 +230,3 @@ def test_no_input_takes_long(piece):
                 verify(*pair)
                 times.append(time.process_time() - start)
             assert min(times) <= 0.05, (pair[0][:20], min(times))
-
-
-@pytest.mark.skipif("GSM8K" not in os.environ, reason="GSM8K names a folder with test.jsonl")
-def test_gsm8k_references():
-    answers = [row["answer"] for row in rows_of(Path(os.environ["GSM8K"], "test.jsonl"))]
-    for before, answer in zip(answers[-1:] + answers, answers):
-        other, final = (text.split("####")[1].replace(",", "").strip() for text in (before, answer))
-        assert verify(answer, answer) and verify(f"so \\boxed{{{final}}}.", answer) and verify(answer, final)
-        assert verify(before, answer) == (float(other) == float(final))
