@@ -507,11 +507,11 @@ def load_model(path, device, gradient_checkpointing=False):
         if not folder.exists():
             folder = snapshot_download(path, allow_patterns=[*COPIED, "model*.safetensors"])
         config = transformers.AutoConfig.from_pretrained(folder)
+        require(not hasattr(config, "quantization_config"), "it is quantized")
         text_config = config.get_text_config()
         config.return_dict = True
         text_config.output_router_logits = False
-        require(Path(folder, "tokenizer.json").exists(), "no tokenizer.json in it")
-        # That file as it stands: AutoTokenizer rebuilds some, and loses spaces or how digits are split.
+        # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces, or how digits split.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
@@ -532,8 +532,9 @@ def load_model(path, device, gradient_checkpointing=False):
                Config())
         model.zero_grad()
     except Exception as error:  # a damaged file or a foreign model raises what it likes
-        raise UserError(f"--model {path}: {error!r:.200}; it must fit in memory, and be the folder or hub "
-                        f"name of a whole model (of a run, its folder model), no LoRA adapter, no file")
+        raise UserError(
+            f"--model {path}: {error!r:.200}; it must fit in memory, and be the folder or hub name of a "
+            "whole model with a tokenizer.json (of a run, its folder model), no LoRA adapter, no file")
     tokenizer.model_max_length = getattr(text_config, "max_position_embeddings", tokenizer.model_max_length)
     return model, tokenizer, sorted(map(int, ends))
 

@@ -106,6 +106,7 @@ def test_loaded_models_get_what_each_row_alone_gets_train_and_are_saved_as_they_
 @pytest.mark.parametrize("kind, config, message", [
     ("Qwen2ForSequenceClassification", config_of("Qwen2"), ""),
     ("Qwen2ForCausalLM", config_of("Qwen2", eos_token_id=None), "no eos token"),
+    ("Qwen2ForCausalLM", config_of("Qwen2", quantization_config={"quant_method": "fp8"}), "is quantized"),
     ("MambaForCausalLM", transformers.MambaConfig(hidden_size=32, num_hidden_layers=2), ""),  # no cache
     ("BertLMHeadModel", transformers.BertConfig(**SHAPE), "log-probs differ"),  # looks ahead
     ("OPTForCausalLM", config_of("OPT", layerdrop=0.0), "log-probs differ")])  # has dropout in its layers

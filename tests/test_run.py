@@ -251,7 +251,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     ("data.jsonl", '{"prompt": "", "answer": null}', "no answer"), ("data.jsonl", "é", "UnicodeDecodeError"),
     ("data.jsonl", '{"prompt": 1, "answer": 1}', "line 1: "), ("reward.py", "def f(", "SyntaxError"),
     ("data.jsonl", '{"prompt": "\\ud800", "answer": 1}', "line 1: "), ("reward.py", "exit()", "SystemExit"),
-    ("chat_template.jinja", "only S", "leaves out the prompt"), ("tokenizer.json", None, "no tokenizer"),
+    ("chat_template.jinja", "only S", "leaves out the prompt"), ("tokenizer.json", None, "serialization file"),
     ("chat_template.jinja", "{{ messages[1].content }}", "or --system-prompt"),
     ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"), ("config.json", None, "no LoRA adapter"),
     ("config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
