@@ -2,7 +2,7 @@
 
 GRPO samples a group of responses to a prompt, verifies each, and makes a response more likely to the extent
 that it beats its group. ICPO also compares how probable the model itself finds them: of each pair the less
-probable one is preferred, so that confident errors are pushed down harder, undervalued right answers up.
+probable one is preferred: confident errors are pushed down harder, and undervalued right answers up harder.
 
 One training step, numbered as in train_step:
   1. Sample G responses to each of P prompts, and keep the log-prob of every token.       sample
@@ -67,7 +67,7 @@ def finite(values):
     """A tensor or lists as float32, detached. ValueError: NaN or infinity, which would spoil the group."""
     values = torch.as_tensor(values, dtype=torch.float32).detach()
     if not values.isfinite().all():
-        raise ValueError("a reward, a confidence or beta is not finite")
+        raise ValueError("a reward, a confidence or beta is not finite: has the model diverged?")
     return values
 
 
@@ -94,9 +94,9 @@ def uniform_groups(rewards):
 
 
 def group_advantage(rewards):
-    """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std.
+    """GRPO's advantage:  A_i = (r_i - mean(r)) / std(r)  over the group, with the unbiased std (of G - 1).
 
-    rewards (..., G) -> (..., G) float32. Groups of equal rewards get exactly 0, and so does a group of one.
+    rewards (..., G) -> (..., G) float32. Groups of equal rewards get exactly 0, as does a group of one.
     An epsilon of 1e-8 in the denominator would not ensure it: by rounding alone, eight rewards of 0.7 have a
     std of 6e-8. Raises ValueError if a reward is not finite.
     """
@@ -150,7 +150,7 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_h
         raise ValueError(f"aggregation is 'token' or 'sequence', not {aggregation!r}")
 
     A = torch.where(mask, advantages.reshape(len(mask), -1), 0)
-    ratio = torch.where(mask, log_probs - old_log_probs, 0).exp()
+    ratio = torch.where(mask, log_probs - old_log_probs, 0).clamp(max=80).exp()  # exp(89) is infinite
     objective = ratio * A
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * A
     losses = -torch.minimum(objective, clipped)
@@ -227,7 +227,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
     prompt_lengths = prompt_ids.new_tensor(list(map(len, repeated)))
     rollout = Rollout(
         prompt_ids, prompt_lengths, prompt_ids.new_full((B, T), filler), torch.zeros_like(prompt_lengths),
-        prompt_lengths > 0, *torch.zeros(2, B, T, device=device))
+        prompt_lengths > 0, *torch.zeros(2, B, T, device=device))  # truncated, until it ends
     positions = rollout.positions
     # All random numbers at once, on the CPU: a row's do not depend on when other rows end, nor on the device.
     uniforms = torch.rand(B, T, dtype=torch.float64, generator=generator).to(device) * (temperature > 0)
@@ -242,7 +242,7 @@ def sample(model, prompts, group_size, max_new_tokens, eos_ids, temperature=1.0,
         for t in range(T):
             log_p = (logits[:, 0].float() / (temperature or 1e-30)).log_softmax(dim=-1)
             p = log_p.exp()
-            # Inverse CDF: how many tokens lie below the random number? float64 is exact in a long tail.
+            # Inverse CDF: how many tokens lie below the random number? float32 sums would lose a long tail.
             cdf = p.cumsum(dim=-1, dtype=torch.float64)
             token = (cdf <= uniforms[rows, t, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)
             rollout.ids[rows, t, None] = token
@@ -403,7 +403,7 @@ def train_step(policy, tokenizer, eos_ids, optimizer, examples, reward, config, 
     responses = texts_of(rollout, tokenizer, examples)
     # 2. Verify.
     rewards, failed = score_responses(reward, responses, examples)
-    require(optimizer.state or not failed.all(),
+    require(optimizer.state or not failed.all(),  # the first step, as in update
             f"--reward {config.reward or 'verify:verify'}: all calls of the first step failed")
     # 3. Sequence log-probs.
     confidence = sequence_log_prob(rollout.log_probs, rollout.mask).view_as(rewards).cpu()
@@ -453,7 +453,7 @@ class Config:
     max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
     # The method
-    alpha: float = 0.1  # weight of the preference advantage; 0 is GRPO, below 1/G keeps the signs of its A
+    alpha: float = 0.1  # weight of the preference advantage; 0 is GRPO, below 1/2 correct outranks wrong
     beta: float = 10.0  # sharpness of the comparison, per nat of mean token log-prob; below 0 it is reversed
     keep_uniform_groups: bool = False  # groups of equal rewards get alpha * s, not 0
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low
@@ -474,7 +474,6 @@ class Config:
                 require(isfinite(value) and (value > 0 or value == 0 and name in may_be_0 or name == "beta"),
                         f"--{name.replace('_', '-')} {value}: out of range")
         require(self.group_size > 1, "--group-size: must be at least 2, to compare responses")
-        require(self.alpha < 0.5, "--alpha: must be below 1/2, or wrong could outrank correct responses")
 
 
 # --------------------------------------------------------------------------------------------- Model and data
@@ -510,7 +509,7 @@ def load_model(path, device, gradient_checkpointing=False):
         require(not hasattr(config, "quantization_config"), "it is quantized")
         text_config = config.get_text_config()
         config.return_dict = True
-        text_config.output_router_logits = False
+        text_config.output_router_logits = False  # they would add a loss of their own
         # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces, or how digits split.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
@@ -563,7 +562,7 @@ def load_reward(spec):
 
 
 def encode(row, tokenizer, config):
-    """The Example of a row of data, in the chat template if there is one, which may raise what it likes."""
+    """The Example of one row, through the chat template if there is one. May raise anything."""
     prompt = row[config.prompt_key]
     reference = row[config.answer_key]
     require(reference is not None, "no answer")
@@ -597,7 +596,7 @@ def load_examples(path, tokenizer, config, context=None):
                 f"{config.answer_key!r} (--prompt-key, --answer-key) that the chat template takes")
         if 0 < len(example.ids) <= longest:
             examples.append(example)
-    print(f"{path}: {len(examples)} prompts of up to {longest} tokens; others do not fit the context")
+    print(f"{path}: {len(examples)} prompts of 1 to {longest} tokens, which leave room for responses")
     require(examples, f"{path}: no usable line; a lower --max-new-tokens leaves more of the context")
     return examples
 
@@ -616,7 +615,8 @@ def evaluate(policy, tokenizer, eos_ids, examples, reward, config):
                 policy, [example.ids for example in batch], k, config.max_new_tokens, eos_ids, temperature,
                 generator)
             responses += texts_of(rollout, tokenizer, batch)
-        return responses, score_responses(reward, responses, examples)[0]
+        rewards, failed = score_responses(reward, responses, examples)
+        return responses, rewards.masked_fill(failed, 0)
     greedy, rewards = respond(1, temperature=0)
     metrics = {"eval/accuracy": float(rewards.mean())}
     if config.eval_samples:

@@ -2,8 +2,8 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
 
     verify(r"... so the total is \boxed{\frac{3}{4}}", "0.75")  ->  True
 
- 1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or "#### 18", never inside <think>; an
-    empty or unclosed one is no answer. Else the last line may end in "answer is X" or "answer: X".
+ 1. Only the last marker counts: \boxed{}, \fbox{}, <answer></answer> or #### before a number or option, not
+    in <think>; empty or unclosed, it is no answer. Else a last line may end in "answer is X" or "answer: X".
  2. Numbers and expressions of + - * / ^, square roots, pi and letters are equal if their values are, exactly.
  3. Words and % at a number may be missing on one side; $ is skipped. 2 million is a number, 12 dozen is not
     12. N% is N, and N/100 if the reference has a % or is no whole number.
@@ -11,9 +11,9 @@ r"""A verifiable reward: does a response give the reference answer? Standard lib
  5. x = 5, x_1 = 5 and m + n = 5 are 5; x \in (0, 1) is (0, 1); a true chain, 2 + 3 = 5, is its last side.
  6. An option A to J: "B", "(B)", "B. cells", if no other is named; but "B. cells" is not "B. bones".
  7. All else is text: x \le 5 (or \leq), x^2 + y^2 = 25, lists of words. Blanks and case do not count.
- 8. verify wants the answer worked out as far as the reference: with letters, the same letters and numbers;
-    with roots or pi, no further number, bracket, power or root in a denominator. 6/8 is 0.75, but 12/2 is
-    not 6. What the reference itself leaves to work out, like 2^2 * 3, must be repeated.
+ 8. verify wants the answer worked out. For a number, one number or fraction: 6/8 for 0.75, but not 12/2 for 6
+    nor 10^2 for 100. With letters, the reference's letters and numbers; with roots or pi, no further number,
+    bracket, power or root in a denominator. What the reference leaves to work out, like 2^2 * 3, is repeated.
  9. References are text, numbers, bools, or solutions with a marker; of a list, any item. Nothing raises.
 """
 

@@ -194,6 +194,8 @@ def test_evaluation_equals_loops(tiny, capsys):
     assert metrics["eval/mean_at_k"] < metrics["eval/pass_at_k"] and len(set(greedy)) > 1
     assert f"-> {written[0][-40:]!r}" in capsys.readouterr().out
     assert icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config) == metrics
+    reward.side_effect = [1] * 5 + [ValueError, 2, 1] * 5  # a failed call counts as 0 here
+    assert icpo.evaluate(model, tokenizer, eos_ids, examples, reward, config)["eval/mean_at_k"] == 1
 
 
 # --------------------------------------------------------------------------- The command line, and its errors
@@ -213,8 +215,7 @@ import signal, sys, torch, transformers
 def state():
     interfaces = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
     return [*map(sorted, interfaces), *map(signal.getsignal, signal.valid_signals()), sys.path[:],
-            sys.excepthook, torch.get_num_threads(), torch.get_rng_state().tolist(), torch.is_grad_enabled(),
-            torch.backends.cuda.cudnn_sdp_enabled(), transformers.logging.is_progress_bar_enabled()]
+            torch.get_rng_state().tolist(), torch.is_grad_enabled(), torch.backends.cuda.cudnn_sdp_enabled()]
 before = state()
 import icpo
 sys.exit(before != state())"""
@@ -223,9 +224,8 @@ sys.exit(before != state())"""
 
 def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_path):
     (tmp_path / "verify.py").write_text("def verify(response, reference): return len(response) % 4 / 4")
-    flags = ["--eval-data", tiny / "one.jsonl", "--eval-every", 2, "--steps", 6, "--beta", "-1e1"]
-    flags = tiny_run(tiny, "own", *flags, "--reward", "verify:verify")
-    shown = in_a_process(icpo.__file__, *flags, cwd=tmp_path)
+    flags = ("--eval-data", tiny / "one.jsonl", "--eval-every", 2, "--steps", 6, "--reward", "verify:verify")
+    shown = in_a_process(icpo.__file__, *tiny_run(tiny, "own", *flags, "--beta", "-1e1"), cwd=tmp_path)
     assert shown.returncode == 0 and not re.search(r"[\r|%]", shown.stdout + shown.stderr), shown.stderr
     lines = shown.stdout.splitlines()
     assert [line[:4] for line in lines if line[1:4] == "/6 "] == [f"{n}/6 " for n in range(1, 7)]
@@ -240,7 +240,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
 
 @pytest.mark.parametrize("name, text, message", [
     ("--group-size", "1", "--group-size: must be at least 2"), ("--seed", "-1", "--seed -1: out of range"),
-    ("--alpha", "0.5", "--alpha: must be below 1/2"), ("--beta", "nan", "--beta nan: out of range"),
+    ("--alpha", "-1", "--alpha -1.0: out of range"), ("--beta", "nan", "--beta nan: out of range"),
     ("--train-data", "", "need each other"), ("--model", "", "need each other"),
     ("--resume", "absent", "'absent/config.json'"), ("--eval-data", "absent", "No such file or directory"),
     ("--max-new-tokens", "500", "no usable line"), ("--chat-template-kwargs", "{", "JSONDecodeError"),
@@ -251,7 +251,7 @@ def test_a_log_in_a_file_has_a_line_a_step_and_own_modules_come_first(tiny, tmp_
     ("data.jsonl", '{"prompt": "", "answer": null}', "no answer"), ("data.jsonl", "é", "UnicodeDecodeError"),
     ("data.jsonl", '{"prompt": 1, "answer": 1}', "line 1: "), ("reward.py", "def f(", "SyntaxError"),
     ("data.jsonl", '{"prompt": "\\ud800", "answer": 1}', "line 1: "), ("reward.py", "exit()", "SystemExit"),
-    ("chat_template.jinja", "only S", "leaves out the prompt"), ("tokenizer.json", None, "serialization file"),
+    ("chat_template.jinja", "only S", "leaves out the prompt"), ("tokenizer.json", None, "tokenizer.json"),
     ("chat_template.jinja", "{{ messages[1].content }}", "or --system-prompt"),
     ("chat_template.jinja", "{{ 1 / 0 }}", "ZeroDivisionError"), ("config.json", None, "no LoRA adapter"),
     ("config.json", '{"auto_map": {"AutoConfig": "mine.Config"}}', "code which must be executed"),
