@@ -105,7 +105,7 @@ def test_killed_at_random_moments_a_run_ends_as_an_unbroken_one(tiny, tmp_path):
     context.set_forkserver_preload(["icpo", "tests.test_run"])  # spares each process the import of torch
     out, whole, chance = tmp_path / "run", tmp_path / "whole", np.random.default_rng(0)
     assert run(*learning_run(tiny, whole, "--steps", 8)) == 0
-    kills, seconds = 0, 4
+    kills, seconds = 0, 2
     while kills < (20 if "SLOW" in os.environ else 4):
         resumed = (out / "checkpoint.pt").exists()
         if not resumed:

@@ -204,7 +204,7 @@ def test_no_input_raises_or_gets_another_type():
     pieces = (r"\boxed{ } { \frac \sqrt ^ 9 1e9 , ( ) [ ] \{ \pm or #### <answer> $ \text{ ² \ - / . x= % "
               r"= _{ \, f( | \begin{pmatrix} \\ & \approx \le B <think> million answer:").split(" ")
     points = [*range(12288), *range(55296, 57344)]
-    for i in range(3000):
+    for i in range(2000):
         text = "".join(rng.choices(pieces if i % 2 else [*map(chr, points)], k=rng.randint(1, 40)))
         for response, reference in ((text, "1"), (f"\\boxed{{{text}}}", text), ("\\boxed{1}", text)):
             assert type(verify(response, reference)) is bool
