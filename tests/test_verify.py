@@ -63,6 +63,7 @@ no 0.333 ~ 1/3 ;; 100001 ~ 100000 ;; 1 234 ~ 1234 ;; 13/4 ~ 1 3/4 ;; 1​3 ~ 13 
 no 1.2.3 ~ 1.2 ;; 2\pi r ~ 2\pi R ;; XY ~ xy ;; M/m ~ m/M ;; \sqrt[3]{9} ~ \sqrt[3]{8} ;; \pi ~ 3.14159
 no \sqrt2 ~ 1.41421356 ;; 1/0 ~ 1 ;; 5 6 ~ 5 ;; 5- ~ 5 ;; *5 ~ 5 ;; x\sin 2 ~ \sin 2x ;; slt ~ tls
 no \sqrt{2}+\sqrt{3} ~ \sqrt5 ;; \sqrt{-1} ~ 1 ;; 40_9 ~ 40 ;; DdGg \times Ddgg ~ DDgg \times ddGg
+no \sqrt{227}^2 ~ -227 ;; \sqrt{51529} ~ -227 ;; 4^{\frac12} ~ 4
 """
 UNITS = r"""
 yes 12 apples ~ 12 ;; 12 ~ 12\text{ cm} ;; 12\text{ square units} ~ 12 ;; 25\pi \text{ inches} ~ 25\pi
@@ -73,7 +74,6 @@ yes 0.5 ~ 50\% ;; 12 dozen ~ 12 dozen ;; 18 per day ~ 18
 no 5 cm ~ 5 m ;; 5 mW ~ 5 MW ;; 12 dozen ~ 12 ;; 12 crore ~ 12 ;; 12 million ~ 12 ;; 500 cents ~ $5 ;; 6x ~ 6
 no $5B ~ 5 ;; 5 squared ~ 5 ;; 5 times ~ 5 ;; 9 am ~ 9 pm ;; 12 apples ~ 12 oranges ;; five ~ 5 ;; 0.25 ~ 25
 no 5 of 6 apples ~ 5 ;; 5 not 6 ~ 5 ;; 2500\% ~ 25 ;; 2500 = 2500\% ~ 25 ;; 5%% ~ 5 ;; 5\% ~ 500\%
-no LCR circuit ~ LRC circuit
 """
 LISTS = r"""
 yes 1, 2 ~ 2 and 1 ;; \{2, 1\} ~ 1, 2 ;; 1, 2 ~ \{1,2\} ;; $69$,$84$ ~ 84, 69 ;; 2 \pm 1 ~ 1, 3
@@ -90,7 +90,7 @@ yes x = 5 ~ 5 ;; 5 ~ m+n = 5 ;; |AB| = 5 ~ 5 ;; P(X=2) = 5 ~ 5 ;; \text{Area} = 
 yes n+1 ~ k=n+1 ;; 2+3 = 5 ~ 5 ;; m+n = 2+3 = 5 ~ 5 ;; \frac13 \approx 0.333 ~ 1/3 ;; x=5,y=6 ~ 5,6
 yes a=2, h=-1, k=3 ~ 2,-1,3 ;; x = 1 \text{ or } x = 2 ~ 2, 1 ;; = 5 ~ 5
 no n=3k ~ 3 ;; 25 ~ x^2+y^2=25 ;; C ~ B=C ;; x=5=6 ~ 6 ;; 3, 2 ~ x=2, y=3 ;; 2x = 5 ~ 5 ;; 2 + 2 = 5 ~ 5
-no a+c=d+e ~ a+b=d+e ;; x=1, y=2 ~ y=1, x=2 ;; I = const ~ N = const
+no 50 = 50\% ~ 0.5 ;; a+c=d+e ~ a+b=d+e ;; x=1, y=2 ~ y=1, x=2 ;; I = const ~ N = const
 """
 LETTERS = r"""
 yes B ~ B ;; (B) ~ B ;; b ~ (B) ;; B ~ b ;; \text{B. x=5} ~ B ;; B. mitochondria ~ B ;; $B$ ~ B ;; (B) 12 ~ B
@@ -106,7 +106,7 @@ yes Yes ~ true ;; \text{Paris} ~ PARIS ;; June 20 ~ \text{June 20} ;; U.K. ~ UK 
 yes 10:30 \text{ AM} ~ 10:30 a.m. ;; E. coli ~ \text{E. coli} ;; \emptyset ~ \varnothing ;; x \ne3 ~ x \neq 3
 yes x^2+y^2=25 ~ x^2 + y^2 = 25 ;; \ln 2 ~ \ln(2) ;; \sin\theta ~ \sin \theta
 no 4:30 ~ 4:30 p.m. ;; <6 ~ 5 ;; 5 \neq 6 ~ 6 ;; 5 \approx 6 ~ 5 ;; x < 5 ~ x \le 5 ;; x > 5 ~ 5 ;; $ ~ .
-no f(-1) \le f(2) ~ f(-1) \ge f(2) ;; q \to p ~ p \to q
+no LCR circuit ~ LRC circuit ;; f(-1) \le f(2) ~ f(-1) \ge f(2) ;; q \to p ~ p \to q
 no (\forall x)(Fx \supset ~Sx) ~ (\forall x)(Fx \supset Sx)
 no random selection, random assignment ~ random assignment, random selection
 """
