@@ -194,6 +194,7 @@ assert not left, f"threads that may abort the exit: {left}"
 @pytest.fixture(scope="module")
 def sums(tmp_path_factory):
     """The built-in task, imitated for long enough that responses differ."""
+    pytest.importorskip("trl")
     folder = tmp_path_factory.mktemp("sums") / "task"
     addition.write_task(folder, seed=0, usual_error=0.7, imitation_steps=400)
     return folder
@@ -202,7 +203,6 @@ def sums(tmp_path_factory):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_trl_example_in_one_and_two_processes_gives_the_advantages_of_one(sums, tmp_path, processes):
     """Nine groups of four responses: with two processes of 18 rows, the fifth group lies in both."""
-    pytest.importorskip("trl")
     (tmp_path / "keeping.py").write_text(KEEPING)
     launch = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1, "--multi_gpu",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0] if processes > 1 else []
