@@ -314,7 +314,7 @@ def score_responses(reward, responses, examples):
     G = len(responses) // len(examples)
     rewards = torch.full((len(examples), G), torch.nan)
     for b, response in enumerate(responses):
-        reference = copy.deepcopy(examples[b // G].reference)  # whoever changes it changes only this
+        reference = copy.deepcopy(examples[b // G].reference)  # a reward may change its own
         try:
             rewards[b // G, b % G] = float(reward(response, reference))
         except (Exception, SystemExit):  # one response must not end a run of hours
@@ -509,8 +509,8 @@ def load_model(path, device, gradient_checkpointing=False):
         require(not hasattr(config, "quantization_config"), "it is quantized")
         text_config = config.get_text_config()
         config.return_dict = True
-        text_config.output_router_logits = False  # they would add a loss of their own
-        # tokenizer.json as it stands: AutoTokenizer rebuilds some, and loses spaces, or how digits split.
+        text_config.output_router_logits = False  # routers would add their loss
+        # tokenizer.json as it stands: AutoTokenizer rebuilds some, losing spaces or the splits of digits.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
         # float32 whatever the checkpoint holds: bf16 would round an AdamW step of 1e-6 away.
         model, loaded = getattr(transformers, config.architectures[0]).from_pretrained(
